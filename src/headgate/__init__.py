@@ -1,0 +1,1 @@
+"""Headgate: the production stack for apps on the Claude API."""

@@ -1,0 +1,1 @@
+"""Service 2: the chat backend. Not built yet; its place is kept."""

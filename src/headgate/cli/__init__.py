@@ -1,0 +1,6 @@
+"""The `headgate` command."""
+
+
+def main() -> None:
+    """Run the command line."""
+    raise SystemExit("not built yet")

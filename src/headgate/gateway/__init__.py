@@ -1,0 +1,1 @@
+"""Service 1: the only holder of the Anthropic key."""

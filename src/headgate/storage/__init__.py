@@ -1,0 +1,1 @@
+"""What outlives a request: protocols and their adapters."""

@@ -1,0 +1,1 @@
+"""What we say about a request: the log line, metrics, exports, notices."""

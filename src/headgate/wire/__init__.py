@@ -1,0 +1,1 @@
+"""What Anthropic's bytes mean. Pure: facts, no opinions."""
