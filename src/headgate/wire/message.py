@@ -1,0 +1,278 @@
+"""A Messages request: the client's original bytes plus the spans of the fields we read.
+
+What it is: a scanner that finds where the top-level values of a JSON object lie, and edits that splice bytes there.
+What it is not: a parser of the request. Nested values are never decoded unless somebody asks, nothing is ever
+re-serialised, and a field nobody reads passes as it came.
+
+The grammar is held by `msgspec`, whose skipping of raw values is strict (measured: it refuses NaN, lone surrogates,
+bad escapes, control characters, leading zeros and trailing commas). What it does not hold is held here: UTF-8,
+nesting of at most 200, and one value for each top-level key.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+DEPTH_MAX = 200
+"""Levels of nesting a body may have (failure-model §2.2: parsers behind us die at about 5,000)."""
+
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_array = msgspec.json.Decoder(list[msgspec.Raw])
+_string = msgspec.json.Decoder(str)
+_any = msgspec.json.Decoder()
+
+_QUOTE, _COLON, _COMMA, _CLOSE_OBJECT, _CLOSE_ARRAY = b'":,}]'
+_WHITESPACE = frozenset(b" \t\n\r")
+_TOKENS = {
+    key: b'"%b"' % key.encode()
+    for key in ("model", "max_tokens", "messages", "system", "tools", "stream", "metadata", "thinking", "tool_choice")
+}
+_NOT_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"\\')
+
+
+class InvalidBody(ValueError):
+    """The body cannot be what the Messages API takes. The text is safe to show to its sender."""
+
+
+class Span(msgspec.Struct, frozen=True, gc=False):
+    """Bytes `start` to `end` (exclusive) of a body."""
+
+    start: int
+    end: int
+
+    def of(self, body: bytes) -> bytes:
+        """The bytes themselves."""
+        return body[self.start : self.end]
+
+
+class Splice(msgspec.Struct, frozen=True, gc=False):
+    """Replace bytes `start` to `end` of the original by `insert`; an insertion has `start == end`."""
+
+    start: int
+    end: int
+    insert: bytes
+
+
+class MessageRequest:
+    """The scanned body of `/v1/messages` or `count_tokens`.
+
+    `fields` maps every top-level key to the span of its value, in the order of the body.
+    """
+
+    __slots__ = ("body", "chars", "fields")
+
+    def __init__(self, body: bytes, fields: dict[str, Span], chars: int) -> None:
+        self.body = body
+        self.fields = fields
+        self.chars = chars
+        """Characters of the body (not bytes)."""
+
+    def raw(self, name: str) -> bytes | None:
+        """The bytes of a top-level value, None when the key is absent."""
+        span = self.fields.get(name)
+        return None if span is None else self.body[span.start : span.end]
+
+    @property
+    def model(self) -> str:
+        """The model asked for. Raises InvalidBody when it is absent or not a string."""
+        raw = self.raw("model")
+        if raw is None:
+            raise InvalidBody("model: Field required")
+        if raw[0] != _QUOTE:
+            raise InvalidBody("model: Input should be a valid string")
+        return _string.decode(raw) if b"\\" in raw else raw[1:-1].decode()
+
+    @property
+    def stream(self) -> bool:
+        """Whether a stream is asked for. Raises InvalidBody for anything but true, false, null, absent."""
+        raw = self.raw("stream")
+        if raw is None or raw in (b"false", b"null"):
+            return False
+        if raw == b"true":
+            return True
+        raise InvalidBody("stream: Input should be a valid boolean")
+
+    @property
+    def max_tokens(self) -> int:
+        """`max_tokens`; 0 when it is absent or no whole number, which Anthropic then refuses in its own words."""
+        raw = self.raw("max_tokens")
+        return int(raw) if raw is not None and raw.isdigit() and len(raw) <= 18 else 0
+
+    @property
+    def metadata_user_id(self) -> str:
+        """`metadata.user_id`, empty when absent or not a string."""
+        raw = self.raw("metadata")
+        if raw is None or raw[:1] != b"{":
+            return ""
+        user_id = _any.decode(raw).get("user_id")
+        return user_id if isinstance(user_id, str) else ""
+
+    @property
+    def uses_server_state(self) -> bool:
+        """True for requests whose state lives at Anthropic and must not be sent anywhere else (design §6)."""
+        return any(name in self.fields for name in ("thread", "previous_message_id", "container"))
+
+    @property
+    def cache_marks(self) -> int:
+        """How many `cache_control` keys the body has, wherever they stand (text that spells it escaped is not one)."""
+        return sum(1 for at in _occurrences(self.body, b'"cache_control"') if _is_key(self.body, at + 15))
+
+
+def scan(body: bytes) -> MessageRequest:
+    """Find the top-level fields of a request body.
+
+    Raises InvalidBody: not UTF-8, not JSON, not an object, nested deeper than 200, a key twice, NaN, a lone surrogate.
+    """
+    if body.isascii():
+        chars = len(body)
+    else:
+        try:
+            chars = len(body.decode())
+        except UnicodeDecodeError as error:
+            raise InvalidBody(f"The request body is not valid UTF-8 at byte {error.start}.") from None
+    # Counting by what is gone after a replace: 0.8 µs for 18 KB, where bytes.count takes 5.5 (it uses no memchr).
+    if len(body) - len(body.replace(b"{", b"").replace(b"[", b"")) > DEPTH_MAX and _deeper_than(body, DEPTH_MAX):
+        raise InvalidBody(f"The request body is nested deeper than {DEPTH_MAX} levels.")
+    try:
+        raws = _object.decode(body)
+    except msgspec.ValidationError:
+        raise InvalidBody("The request body must be a JSON object.") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidBody(f"The request body is not valid JSON: {_reason(error)}") from None
+    start = 0 if body[0] == 0x7B else body.index(b"{")
+    return MessageRequest(body, _walk_members(body, raws, start), chars)
+
+
+def members(body: bytes, span: Span) -> dict[str, Span]:
+    """Spans of the values of a nested object. Raises InvalidBody when a key stands twice or it is no object."""
+    try:
+        raws = _object.decode(span.of(body))
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InvalidBody(_reason(error)) from None
+    return _walk_members(body, raws, span.start)
+
+
+def elements(body: bytes, span: Span) -> list[Span]:
+    """Spans of the elements of a nested array. Raises InvalidBody when it is no array."""
+    try:
+        raws = _array.decode(span.of(body))
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InvalidBody(_reason(error)) from None
+    spans = []
+    at = span.start + 1
+    for raw in raws:
+        at = _skip_whitespace(body, at)
+        end = at + len(bytes(raw))
+        spans.append(Span(at, end))
+        at = _skip_whitespace(body, end) + 1
+    return spans
+
+
+def splice(body: bytes, splices: list[Splice]) -> bytes:
+    """The body with the splices applied; every byte outside them is untouched.
+
+    Splices may come in any order and must not overlap (ValueError).
+    """
+    parts: list[bytes] = []
+    at = 0
+    for edit in sorted(splices, key=lambda edit: (edit.start, edit.end)):
+        if edit.start < at or not edit.start <= edit.end <= len(body):
+            raise ValueError(f"splice {edit.start}..{edit.end} overlaps another or lies outside of {len(body)} bytes")
+        parts += (body[at : edit.start], edit.insert)
+        at = edit.end
+    parts.append(body[at:])
+    return b"".join(parts)
+
+
+def _walk_members(body: bytes, raws: dict[str, msgspec.Raw], start: int) -> dict[str, Span]:
+    """Walk the object at `start` key by key beside what the decoder saw.
+
+    The decoder keeps the last of two equal keys; then this walk, which checks every key and every value against the
+    body, cannot end on the closing brace. Values are compared whole, so the walk stands on a member's start by
+    induction and no crafted length can lead it astray.
+    """
+    fields = {}
+    at = start + 1
+    last = len(raws)
+    for number, (key, raw) in enumerate(raws.items(), 1):
+        if body[at] != _QUOTE:
+            at = _skip_whitespace(body, at)
+        token = _TOKENS.get(key) or b'"%b"' % key.encode()
+        if body.startswith(token, at):
+            at += len(token)
+        else:
+            at = _skip_escaped_key(body, at, key)
+        if body[at] != _COLON:
+            at = _skip_whitespace(body, at)
+        at += 1
+        if body[at] in _WHITESPACE:
+            at = _skip_whitespace(body, at)
+        value = bytes(raw)
+        if not body.startswith(value, at):
+            raise _duplicate(key)
+        end = at + len(value)
+        fields[key] = Span(at, end)
+        at = end
+        if body[at] in _WHITESPACE:
+            at = _skip_whitespace(body, at)
+        if body[at] != (_COMMA if number < last else _CLOSE_OBJECT):
+            raise _duplicate(key)
+        at += 1
+    return fields
+
+
+def _skip_escaped_key(body: bytes, at: int, key: str) -> int:
+    """The end of a key that is written with escapes; raises when it is not this key after all."""
+    end = at + 1
+    while body[end] != _QUOTE:
+        end += 2 if body[end] == 0x5C else 1
+    end += 1
+    if _string.decode(body[at:end]) != key:
+        raise _duplicate(key)
+    return end
+
+
+def _skip_whitespace(body: bytes, at: int) -> int:
+    while body[at] in _WHITESPACE:
+        at += 1
+    return at
+
+
+def _duplicate(key: str) -> InvalidBody:
+    # The walk fails at or after the first of the two keys; which one it was is found out for the message alone.
+    return InvalidBody(f"The request body has a top-level key twice (near {key[:64]!r}).")
+
+
+def _deeper_than(body: bytes, depth_max: int) -> bool:
+    """Whether brackets outside of strings nest deeper than `depth_max`: inner pairs are peeled off in layers."""
+    structure = _without_strings(body.translate(None, _NOT_STRUCTURE))
+    for _ in range(depth_max):
+        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
+        if not structure:
+            return False
+    return True
+
+
+def _without_strings(structure: bytes) -> bytes:
+    """Brackets only: what stands between two quotes is dropped. Broken strings are dropped to the end."""
+    if b"\\" in structure:
+        structure = structure.replace(b"\\\\", b"").replace(b'\\"', b"").replace(b"\\", b"")
+    return b"".join(structure.split(b'"')[::2])
+
+
+def _occurrences(body: bytes, token: bytes) -> list[int]:
+    found = []
+    at = body.find(token)
+    while at >= 0:
+        found.append(at)
+        at = body.find(token, at + len(token))
+    return found
+
+
+def _is_key(body: bytes, at: int) -> bool:
+    """Whether a quoted token that ends at `at` is a key: a colon follows."""
+    return body[_skip_whitespace(body, at)] == _COLON
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
