@@ -106,7 +106,7 @@ def _wait_s(why: Cause, failure: Failure, attempts_made: int, policy: RetryPolic
     if failure.retry_after_s is not None:
         # A floor, with the jitter after it: fifty waiters that hold the same number must not come back as one.
         return failure.retry_after_s * (1 + 0.2 * jitter)
-    backoff_s = min(policy.base_delay_s * 2 ** (attempts_made - 1), policy.delay_s_max)
+    backoff_s = min(policy.base_delay_s * (1 << (attempts_made - 1)), policy.delay_s_max)
     match why:
         case Cause.CONNECT:
             return 0.1 * backoff_s * (0.5 + 0.5 * jitter)
