@@ -1,0 +1,14 @@
+"""What alembic runs for each command: migrates over the connection that `storage/database.py` hands it."""
+
+from alembic import context
+
+from headgate.storage.tables import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    # SQLite rolls DDL back with its transaction, though alembic assumes it cannot: all revisions or none.
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()
