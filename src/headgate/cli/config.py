@@ -1,0 +1,50 @@
+"""`headgate config validate | show`: whether the settings are right, and what they are. Shows no secret."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from headgate.cli import output, stores
+from headgate.cli.family import AsJson, family
+from headgate.gateway.settings import Settings
+
+app = family("Settings.")
+
+
+def main(name: str, arguments: Sequence[str]) -> None:
+    """Run `headgate config …`."""
+    app(list(arguments), prog_name=f"headgate {name}")
+
+
+@app.command()
+def validate(as_json: AsJson = False) -> None:
+    """Say whether a start with these settings would be refused, and why."""
+    stores.settings()
+    if as_json:
+        output.print_json({"valid": True})
+    else:
+        print("The settings are valid.")
+
+
+@app.command()
+def show(as_json: AsJson = False) -> None:
+    """Show every setting as it is in force: environment over file over default."""
+    values = shown(stores.settings())
+    if as_json:
+        output.print_json(values)
+        return
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", str(inner)) for key, inner in value.items()]
+        else:
+            rows.append((name, "–" if value in (None, "") else str(value)))
+    output.print_table(("setting", "value"), rows)
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON, secrets and passwords masked."""
+    values: dict[str, Any] = settings.model_dump(mode="json")
+    for name in ("database_url", "redis_url"):
+        values[name] = re.sub(r"(?<=:)[^:@/]*(?=@)", "***", values[name])
+    return values
