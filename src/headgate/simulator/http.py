@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import httptools
 
@@ -157,8 +158,7 @@ class Connection(asyncio.Protocol):
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from asyncio's
         raw = transport.get_extra_info("socket")
         if raw is not None and raw.family != getattr(socket, "AF_UNIX", None):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
