@@ -79,7 +79,7 @@ def list_keys(as_json: AsJson = False) -> None:
                 record.tier,
                 _limits(record),
                 _state(record, now_ns=time.time_ns()),
-                output.timestamp(record.last_used_at_ns) or "never",
+                "never" if record.last_used_at_ns is None else output.timestamp(record.last_used_at_ns),
             )
             for record in records
         ],
@@ -147,12 +147,16 @@ def _as_json(record: KeyRecord) -> dict[str, Any]:
         "budget_day_nanousd": record.budget_day_nanousd,
         "budget_month_nanousd": record.budget_month_nanousd,
         "models": list(record.models),
-        "created_at": output.timestamp(record.created_at_ns),
-        "expires_at": output.timestamp(record.expires_at_ns),
-        "revoked_at": output.timestamp(record.revoked_at_ns),
-        "last_used_at": output.timestamp(record.last_used_at_ns),
-        "previous_expires_at": output.timestamp(record.previous_expires_at_ns),
+        "created_at": _time(record.created_at_ns),
+        "expires_at": _time(record.expires_at_ns),
+        "revoked_at": _time(record.revoked_at_ns),
+        "last_used_at": _time(record.last_used_at_ns),
+        "previous_expires_at": _time(record.previous_expires_at_ns),
     }
+
+
+def _time(at_ns: int | None) -> str | None:
+    return None if at_ns is None else output.timestamp(at_ns)
 
 
 def _limits(record: KeyRecord) -> str:

@@ -3,11 +3,12 @@
 import json
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from headgate.telemetry.timestamp import Timestamps
 
 NANOUSD_PER_USD = 1_000_000_000
 PIPED_WIDTH = 220
@@ -34,11 +35,9 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False, highlight=False)
 
 
-def timestamp(at_ns: int | None) -> str | None:
+def timestamp(at_ns: int) -> str:
     """RFC 3339 in UTC, to the millisecond."""
-    if at_ns is None:
-        return None
-    return datetime.fromtimestamp(at_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return Timestamps().text(at_ns)
 
 
 def usd(nanousd: int) -> str:
