@@ -173,6 +173,30 @@ def test_what_only_the_start_says_survives_every_delta() -> None:
     )
 
 
+def test_a_zero_in_a_delta_is_a_value_and_not_an_absence() -> None:
+    start = decode_usage(
+        encode(
+            input_tokens=1,
+            cache_read_input_tokens=2,
+            cache_creation_input_tokens=3,
+            output_tokens=4,
+            output_tokens_details={"thinking_tokens": 1},
+            server_tool_use={"web_search_requests": 5},
+            iterations=[{"input_tokens": 1}],
+        )
+    )
+    zeros = encode(
+        input_tokens=0,
+        cache_read_input_tokens=0,
+        cache_creation_input_tokens=0,
+        output_tokens=0,
+        output_tokens_details={"thinking_tokens": 0},
+        server_tool_use={"web_search_requests": 0},
+        iterations=[],
+    )
+    assert join_usage(start, zeros) == Usage(split_unknown=True)
+
+
 def test_a_delta_without_a_start_is_a_usage_of_its_own() -> None:
     assert join_usage(NO_USAGE, DELTA) == decode_usage(DELTA)
 

@@ -157,7 +157,7 @@ def _billed_passes(iterations: tuple[IterationUsage, ...]) -> Sequence[Iteration
     """
     served = max((index for index, one in enumerate(iterations) if one.kind == "fallback_message"), default=-1)
     return [
-        one for index, one in enumerate(iterations) if index >= served or one.kind != "message" or one.output_tokens > 0
+        one for index, one in enumerate(iterations) if index > served or one.kind != "message" or one.output_tokens > 0
     ]
 
 
