@@ -8,7 +8,7 @@ ignored, which is what makes a replay harmless.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -150,6 +150,17 @@ class CallRow(msgspec.Struct, gc=False):
             self.first_byte_ms,
             self.total_ms,
         )
+
+
+def call_from_columns(call: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> CallRow:
+    """The opposite of `values`: a call and its attempts from their rows, by the names of their columns."""
+    row = CallRow(**{name: call[name] for name in CallRow.__struct_fields__ if name in call})
+    row.streamed = bool(row.streamed)
+    for attempt in tried:
+        fields = {name: attempt[name] for name in AttemptRow.__struct_fields__}
+        fields["usage"] = decode_usage(fields["usage"])
+        row.attempts[attempt["number"]] = AttemptRow(**fields)
+    return row
 
 
 def decode_usage(column: str) -> Usage:

@@ -11,10 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
-from headgate.storage.fold import AttemptRow, CallRow, decode_usage
+from headgate.storage.fold import CallRow, call_from_columns
 from headgate.storage.tables import attempts, calls, journal_positions
-
-_CALL_FIELDS = frozenset(CallRow.__struct_fields__)
 
 
 class LedgerTables:
@@ -86,15 +84,11 @@ class LedgerTables:
         self._connection.close()
 
     def _call_row(self, row: tuple[Any, ...]) -> CallRow:
-        named = dict(zip(calls.columns.keys(), row, strict=True))
-        call = CallRow(**{name: value for name, value in named.items() if name in _CALL_FIELDS})
-        call.streamed = bool(call.streamed)
-        for attempt in self._cursor.execute(self._attempts, (call.call_id,)).fetchall():
-            fields = dict(zip(attempts.columns.keys(), attempt, strict=True))
-            del fields["call_id"]
-            fields["usage"] = decode_usage(fields["usage"])
-            call.attempts[fields["number"]] = AttemptRow(**fields)
-        return call
+        tried = self._cursor.execute(self._attempts, (row[0],)).fetchall()
+        return call_from_columns(
+            dict(zip(calls.columns.keys(), row, strict=True)),
+            [dict(zip(attempts.columns.keys(), attempt, strict=True)) for attempt in tried],
+        )
 
 
 def _upsert(table: sa.Table) -> sa.Executable:
