@@ -5,7 +5,7 @@ What it is not: a ledger, nor a budget. It reports nothing: a caller that sees `
 
 Money is whole nano-dollars. Prices are whole nano-dollars a token, but modifiers are not (half, one tenth more), so a
 cost is summed exactly in parts of a nano-dollar and rounded once, half to even: rounding never leans to one side, and
-a million calls are off by a thousandth of a dollar at most.
+a million calls are off by $0.0005 at most.
 """
 
 from __future__ import annotations
