@@ -162,11 +162,14 @@ class Exchange:
         if not self.finished and data and not self.gone:
             self._connection.send(self, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
-    def end(self) -> None:
-        """The streamed body is whole."""
+    def end(self, data: bytes = b"") -> None:
+        """The streamed body is whole with these last bytes."""
         if not self.finished and not self.gone:
             if self._chunked:
-                self._connection.send(self, b"0\r\n\r\n")
+                last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+                self._connection.send(self, last)
+            elif data:
+                self._connection.send(self, data)
             self._finish()
 
     def abort(self) -> None:

@@ -30,6 +30,17 @@ WAITERS_MAX = 10_000
 
 _read_buffer = bytearray(READ_BUFFER_BYTES)
 
+_STREAMED = frozenset(
+    {
+        b"text/event-stream",
+        b"application/x-jsonl",
+        b"application/jsonl",
+        b"application/binary",
+        b"application/octet-stream",
+    }
+)
+"""Kinds of answers without an end in sight: events, and the results of a batch."""
+
 
 class Sink(Protocol):
     """Where a streamed answer's body goes."""
@@ -456,13 +467,14 @@ class Upstream:
     async def send(
         self,
         data: bytes,
-        track: Callable[[UpstreamConnection], None],
+        track: Callable[[UpstreamConnection], bool],
         *,
         first_byte_timeout_s: float | None = None,
     ) -> Answer | Failure:
         """One request to one answer, or why there is none; never raises for weather.
 
-        `track` is told the connection before any byte leaves, so that a client's leaving can close it.
+        `track` is told the connection before any byte leaves, so that a client's leaving can close it; it answers
+        False when nothing is to be sent any more.
         `first_byte_timeout_s` overrides the setting for answers that come whole and so late.
         """
         connection = self._take_idle()
@@ -470,14 +482,14 @@ class Upstream:
             try:
                 connection = await self._connect()
             except ssl.SSLCertVerificationError as error:
-                return Failure(
-                    kind="tls", message=f"Anthropic's certificate is not valid: {error.verify_message}", sent=False
-                )
-            except (OSError, ssl.SSLError, TimeoutError) as error:
-                return Failure(
-                    kind="connect", message=f"Anthropic cannot be reached: {error or 'timed out'}", sent=False
-                )
-        track(connection)
+                message = f"Anthropic's certificate is not valid: {error.verify_message}"
+                return Failure(kind="tls", message=message, sent=False)
+            except OSError as error:  # TimeoutError and ssl.SSLError among them
+                message = f"Anthropic cannot be reached: {str(error) or 'no connection in time'}"
+                return Failure(kind="connect", message=message, sent=False)
+        if not track(connection):
+            self.release(connection)
+            return Failure(kind="connect", message="The client left before anything was sent.", sent=False)
         waiting: asyncio.Future[Answer | Failure] = asyncio.get_running_loop().create_future()
         connection.request(
             data, waiting, first_byte_timeout_s=first_byte_timeout_s or self._settings.first_byte_timeout_s
@@ -570,7 +582,7 @@ class Upstream:
 
 def _is_streamed(content_type: bytes) -> bool:
     kind = content_type.partition(b";")[0].strip().lower()
-    return kind in (b"text/event-stream", b"application/x-jsonl", b"application/binary", b"application/jsonl")
+    return kind in _STREAMED
 
 
 def _request_id(answer: Answer | None) -> str:

@@ -54,7 +54,7 @@ _RELAY = Relay()
 class Call:
     """State of one call. `step` is what to do now; tell it what came of it by exactly one of the methods."""
 
-    __slots__ = ("_attempts", "_budget", "_committed", "_jitter", "_plan", "_policy", "_state", "step")
+    __slots__ = ("_attempts", "_budget", "_committed", "_jitter", "_plan", "_policy", "_state", "reasons", "step")
 
     def __init__(self, plan: Plan, *, policy: RetryPolicy, budget: RetryBudget, jitter: Callable[[], float]) -> None:
         self._plan = plan
@@ -64,6 +64,8 @@ class Call:
         self._attempts = 0
         self._committed = False
         self._state: State = "SENDING"
+        self.reasons: tuple[str, ...] = plan.reasons
+        """Why each decision fell as it did, in order; for the log."""
         self.step: Step = self._next_attempt()
         budget.deposit()
 
@@ -110,9 +112,15 @@ class Call:
             policy=self._policy,
             jitter=self._jitter(),
         )
-        if isinstance(decision, GiveUp) or not self._budget.withdraw():
+        if isinstance(decision, GiveUp):
+            self.reasons += (f"give_up:{decision.reason}",)
             self._finish("failed", failure.status, failure)
             return
+        if not self._budget.withdraw():
+            self.reasons += ("give_up:retry_budget",)
+            self._finish("failed", failure.status, failure)
+            return
+        self.reasons += (f"retry:{decision.reason}",)
         assert decision.at <= self._plan.deadline, (decision, self._plan.deadline)
         self._state = "BACKOFF"
         self.step = Sleep(decision.at)

@@ -95,11 +95,13 @@ class StreamFold:
         "_delta_overhead",
         "complete",
         "error_code",
+        "error_data",
         "error_message",
         "error_type",
         "message_id",
         "model",
         "output_bytes",
+        "saw_block",
         "saw_content",
         "started",
         "stop_reason",
@@ -109,6 +111,7 @@ class StreamFold:
 
     def __init__(self) -> None:
         self.started = False
+        self.saw_block = False
         self.saw_content = False
         self.complete = False
         self.usage: Usage = NO_USAGE
@@ -122,6 +125,8 @@ class StreamFold:
         self.error_type = ""
         self.error_code = ""
         self.error_message = ""
+        self.error_data = b""
+        """The error event's data as it came: the body of an error answer, should it become one."""
         self._delta_overhead = 0
 
     def take(self, frame: bytes) -> Kind:
@@ -156,6 +161,7 @@ class StreamFold:
                 self._must_have_started(event)
                 self._check(data)
                 self._delta_overhead = 0
+                self.saw_block = True
                 return Kind.BLOCK
             case _:
                 if event or data:
@@ -209,6 +215,7 @@ class StreamFold:
             error = _error_event.decode(data).error
         except msgspec.MsgspecError as problem:
             raise MalformedStream(f"error event: {problem}") from None
+        self.error_data = data
         self.error_type = error.type
         self.error_message = error.message
         self.error_code = (error.details and error.details.error_code) or ""

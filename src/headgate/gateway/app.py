@@ -1,0 +1,288 @@
+"""Composition root: settings into a running gateway. The only file here that knows clocks, dice and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+import sqlalchemy as sa
+import structlog
+import uvicorn
+from prometheus_client.registry import CollectorRegistry
+
+from headgate.gateway.endpoints import HOP_HEADER, Endpoints
+from headgate.gateway.operator import operator_app
+from headgate.gateway.pipeline import Pipeline
+from headgate.gateway.server import Server
+from headgate.gateway.settings import Settings, SettingsError, host_port
+from headgate.gateway.tasks import Tasks
+from headgate.gateway.upstream import Upstream
+from headgate.policy.pricing import price
+from headgate.storage.database import open_database
+from headgate.storage.keys import LocalKeyRing
+from headgate.storage.ledger import LocalLedger
+from headgate.telemetry.log_writer import LogWriter
+from headgate.telemetry.metrics import CallMetrics
+from headgate.wire.catalog import Catalog, packaged
+from headgate.wire.usage import Usage
+
+try:
+    import uvloop
+except ImportError:  # not made for every platform
+    uvloop = None  # type: ignore[assignment]
+
+log = structlog.get_logger()
+
+SWEEP_EVERY_S = 30.0
+TICK_S_MAX = 0.25
+
+
+class ListenError(Exception):
+    """An address cannot be listened on. The text names the setting that moves it."""
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises SettingsError, ListenError, DatabaseRefused and LedgerUnavailable before anything is served.
+    """
+    if not settings.anthropic_api_key.get_secret_value():
+        raise SettingsError(
+            "ANTHROPIC_API_KEY: not set. Set it, or ANTHROPIC_API_KEY_FILE; "
+            "`headgate up` runs without one, on the simulator."
+        )
+    configure_logging()
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(Gateway(settings).serve())
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed (on CPython 3.11 it saves a third of a request's CPU), else asyncio's own."""
+    return uvloop.new_event_loop if uvloop is not None else None  # type: ignore[redundant-expr]
+
+
+def configure_logging() -> None:
+    """Off the hot path: one JSON line an event, on standard output like the calls'."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="ts"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+
+
+class Gateway:
+    """One gateway process: made, served once, gone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self._draining = False
+        self._call_prefix = secrets.token_hex(6)
+        self._calls = 0
+        self.port = 0
+        self.operator_port = 0
+
+    async def serve(self, started: Callable[[Gateway], None] | None = None) -> None:
+        """Start, tell `started`, serve until `stop` or a signal, drain, close."""
+        settings = self._settings
+        with ExitStack() as stack:
+            catalog = packaged()
+            engine = open_database(settings.data_dir, now_ns=time.time_ns)
+            stack.callback(engine.dispose)
+            keys = LocalKeyRing(engine, now_ns=time.time_ns, monotonic=time.monotonic)
+            keys.start()
+            stack.callback(keys.close)
+            ledger = LocalLedger(
+                settings.data_dir,
+                engine,
+                price=_pricer(catalog),
+                now_ns=time.time_ns,
+                durability=settings.ledger.durability,
+            )
+            stack.callback(ledger.close)
+            upstream = Upstream(settings.upstream_url, settings.upstream, clock=time.monotonic)
+            stack.callback(upstream.close)
+            tasks = Tasks(_crashed)
+            metrics = CallMetrics(lambda: self._gauges(upstream, server, tasks, writer))
+            writer = LogWriter(sys.stdout.fileno() if settings.log.calls else None, metrics.observe)
+            writer.start()
+            stack.callback(writer.close)
+            hop = secrets.token_hex(8).encode()
+            pipeline = Pipeline(
+                settings,
+                upstream=upstream,
+                ledger=ledger,
+                catalog=catalog,
+                put_log_line=writer.put,
+                tasks=tasks,
+                clock=time.monotonic,
+                now_ns=time.time_ns,
+                jitter=random.random,
+                upstream_head=_upstream_head(settings, upstream, hop),
+            )
+            endpoints = Endpoints(
+                pipeline,
+                keys,
+                new_call_id=self._new_call_id,
+                hop=hop,
+                is_ready=lambda: not self._draining,
+                public_url=settings.server.public_url,
+                body_bytes_max=settings.server.body_bytes_max,
+            )
+            server = Server(endpoints, settings.server, clock=time.monotonic)
+            await _listen(server, "HEADGATE_LISTEN", settings.listen)
+            self.port = server.port
+            registry = CollectorRegistry()
+            registry.register(metrics)
+            operator = await self._start_operator(engine, keys, registry, tasks)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            tasks.start(self._tick(server, upstream, pipeline, ledger))
+            # What is alive now stays alive; the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+            log.info(
+                "listening",
+                gateway=f"http://{settings.listen}",
+                operator=f"http://{settings.operator_listen}",
+                upstream=settings.upstream_url,
+                data_dir=str(settings.data_dir),
+            )
+            if started is not None:
+                started(self)
+            await self._stopping.wait()
+            await self._drain(server, pipeline)
+            operator.should_exit = True
+            await tasks.join(timeout_s=5.0)
+
+    def stop(self) -> None:
+        """Begin to drain. For the loop's thread."""
+        self._stopping.set()
+
+    async def _drain(self, server: Server, pipeline: Pipeline) -> None:
+        """Readiness off, nothing new, streams finish up to the limit, the rest hear that we restart."""
+        self._draining = True
+        server.stop_accepting()
+        log.info("draining", calls=len(pipeline.live), timeout_s=self._settings.server.drain_timeout_s)
+        until = time.monotonic() + self._settings.server.drain_timeout_s
+        await _until(lambda: not (server.busy() or pipeline.live) or time.monotonic() > until)
+        if pipeline.live:
+            pipeline.interrupt_all()
+            soon = time.monotonic() + 2.0
+            await _until(lambda: not pipeline.live or time.monotonic() > soon)
+        server.abort_all()
+        log.info("stopped")
+
+    async def _tick(self, server: Server, upstream: Upstream, pipeline: Pipeline, ledger: LocalLedger) -> None:
+        """Hold every deadline: one timer for all, since a timer for each request would cost more than the request."""
+        every_s = _tick_s(self._settings)
+        swept_at = time.monotonic()
+        while not (self._draining and not pipeline.live):
+            await asyncio.sleep(every_s)
+            now = time.monotonic()
+            server.tick(now)
+            upstream.tick(now)
+            pipeline.tick(now)
+            if now - swept_at > SWEEP_EVERY_S:
+                swept_at = now
+                ledger.sweep(pipeline.live.keys())
+
+    async def _start_operator(
+        self, engine: sa.Engine, keys: LocalKeyRing, registry: CollectorRegistry, tasks: Tasks
+    ) -> uvicorn.Server:
+        host, port = host_port(self._settings.operator_listen)
+        app = operator_app(engine, keys, registry, now_ns=time.time_ns, is_ready=lambda: not self._draining)
+        operator = uvicorn.Server(
+            uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        )
+        try:
+            sockets = [operator.config.bind_socket()]
+        except (OSError, SystemExit):
+            raise ListenError(
+                f"cannot listen on {self._settings.operator_listen}. Choose another with HEADGATE_OPERATOR_LISTEN."
+            ) from None
+        self.operator_port = sockets[0].getsockname()[1]
+        tasks.start(_serve_operator(operator, sockets))
+        return operator
+
+    def _gauges(self, upstream: Upstream, server: Server, tasks: Tasks, writer: LogWriter) -> Mapping[str, int]:
+        pool = upstream.snapshot()
+        return {
+            "client_connections": len(server),
+            "calls_open": len(tasks),
+            "upstream_connections": pool["open"],
+            "upstream_connections_idle": pool["idle"],
+            "log_lines_dropped": writer.dropped,
+        }
+
+    def _new_call_id(self) -> str:
+        self._calls += 1
+        return f"call_{self._call_prefix}{self._calls:012x}"
+
+
+async def _serve_operator(operator: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    # Signals are ours: uvicorn's handlers would stop the operator and leave the gateway.
+    await operator._serve(sockets)
+
+
+async def _listen(server: Server, setting: str, address: str) -> None:
+    host, port = host_port(address)
+    try:
+        await server.listen(host, port)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {error.strerror}. Choose another with {setting}.") from None
+
+
+async def _until(reached: Callable[[], bool]) -> None:
+    while not reached():  # noqa: ASYNC110  what is waited for is spread over many objects; ends are rare
+        await asyncio.sleep(0.02)
+
+
+def _upstream_head(settings: Settings, upstream: Upstream, hop: bytes) -> bytes:
+    """The header lines every request to Anthropic begins with; the only place where the key becomes bytes."""
+    return b"host: %b\r\naccept-encoding: identity\r\nx-api-key: %b\r\n%b: %b\r\n" % (
+        upstream.authority,
+        settings.anthropic_api_key.get_secret_value().encode(),
+        HOP_HEADER,
+        hop,
+    )
+
+
+def _pricer(catalog: Catalog) -> Callable[[Usage, str, int], tuple[int, int, str]]:
+    def priced(usage: Usage, model: str, at_ns: int) -> tuple[int, int, str]:
+        cost = price(usage, model, at_ns, catalog)
+        return cost.cost_nanousd, cost.saved_nanousd, cost.price_id
+
+    return priced
+
+
+def _tick_s(settings: Settings) -> float:
+    """Fine enough for the shortest deadline that is set: tests set short ones."""
+    server, upstream = settings.server, settings.upstream
+    shortest = min(
+        server.header_timeout_s,
+        server.body_timeout_s,
+        server.write_timeout_s,
+        server.ping_after_s,
+        upstream.first_byte_timeout_s,
+        upstream.stall_timeout_s,
+    )
+    return min(TICK_S_MAX, max(shortest / 5, 0.01))
+
+
+def _crashed(error: BaseException) -> None:
+    log.error("task_crashed", exc_info=error)

@@ -1,0 +1,864 @@
+"""The path of one `/v1/messages` request, top to bottom: every await of the hot path is in this file.
+
+What it is: the driver of a `Call` (`policy/call.py`), which does what the machine says (send, sleep, relay, finish),
+keeps the ledger, and settles the bill. What it is not: HTTP (`server.py`, `upstream.py`) or any decision (`policy/`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+import structlog
+
+from headgate.gateway import forwarding, refusals
+from headgate.gateway.relay import ClientStream, Relay
+from headgate.gateway.server import Exchange
+from headgate.gateway.settings import Settings
+from headgate.gateway.tasks import Tasks
+from headgate.gateway.upstream import Answer, Upstream, UpstreamConnection
+from headgate.policy.admission import admit
+from headgate.policy.call import Call, Finish, Send, Sleep, failure_code
+from headgate.policy.call import Relay as RelayStep
+from headgate.policy.pricing import Cost, is_billable, price
+from headgate.policy.records import (
+    Attempt,
+    AttemptEnded,
+    AttemptIntent,
+    AttemptProgress,
+    AttemptStarted,
+    CallClosed,
+    CallOpened,
+    ClientRequest,
+    Failure,
+    LedgerEvent,
+    Outcome,
+    OutcomeKind,
+    Plan,
+    Principal,
+    Record,
+    Refused,
+)
+from headgate.policy.retry import Cause, RetryBudget, RetryPolicy, cause
+from headgate.policy.routing import plan as make_plan
+from headgate.policy.token_estimate import OutputCalibration
+from headgate.storage.interfaces import Ledger, LedgerUnavailable
+from headgate.telemetry.log_line import LogLine
+from headgate.telemetry.timestamp import Timestamps
+from headgate.wire import errors
+from headgate.wire.catalog import Catalog
+from headgate.wire.headers import retry_after_s, should_retry
+from headgate.wire.message import InvalidBody, scan
+from headgate.wire.usage import NO_USAGE, Usage, UsageError, decode_usage
+
+log = structlog.get_logger()
+
+ATTRIBUTE_CHARS_MAX = 256
+"""Of a user, a conversation or a label that a client names."""
+_CLIENT_CLOSED = 499
+_LONG_ANSWER_TOKENS = 4096
+"""The first-byte limit is for answers of this length when they come whole; longer ones get proportionally more."""
+
+
+class Attribution(Record, frozen=True, gc=False):
+    """On whose behalf a request is made: from the headers for apps, or the key alone."""
+
+    user: str
+    """Empty: `metadata.user_id` of the body, else the key's owner (only for keys with scope `app`)."""
+    tier: str
+    endpoint: str = "messages"
+    conversation: str = ""
+    deadline_s: float | None = None
+
+
+class _WholeMessage(msgspec.Struct, frozen=True):
+    """What is read of an answer that was not streamed."""
+
+    usage: msgspec.Raw
+    model: str = ""
+    stop_reason: str | None = None
+    content: msgspec.Raw = msgspec.Raw(b"[]")
+
+
+_whole_message = msgspec.json.Decoder(_WholeMessage)
+
+
+class Pipeline:
+    """What all calls share. `live` are the calls that are being worked on, by id."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        upstream: Upstream,
+        ledger: Ledger,
+        catalog: Catalog,
+        put_log_line: Callable[[LogLine], None],
+        tasks: Tasks,
+        clock: Callable[[], float],
+        now_ns: Callable[[], int],
+        jitter: Callable[[], float],
+        upstream_head: bytes,
+    ) -> None:
+        self.settings = settings
+        self.upstream = upstream
+        self.ledger = ledger
+        self.catalog = catalog
+        self.put_log_line = put_log_line
+        self.tasks = tasks
+        self.clock = clock
+        self.now_ns = now_ns
+        self.jitter = jitter
+        self.upstream_head = upstream_head
+        """The header lines that every request to Anthropic begins with, the key among them."""
+        self.retry_policy = RetryPolicy(
+            attempts_max=settings.retry.attempts_max, base_delay_s=settings.retry.base_delay_s
+        )
+        self.retry_budget = RetryBudget()
+        self.calibration = OutputCalibration()
+        self.timestamps = Timestamps()
+        self.live: dict[str, MessageCall] = {}
+        self.in_background = 0
+        self._assumed_models: set[str] = set()
+
+    def start(self, exchange: Exchange, request: ClientRequest, principal: Principal, whose: Attribution) -> None:
+        """Serve one complete request to `/v1/messages`."""
+        call = MessageCall(self, exchange, request, principal, whose)
+        self.live[request.call_id] = call
+        self.tasks.start(call.run())
+
+    def tick(self, now: float) -> None:
+        """Pings into silences, and progress into the journal."""
+        for call in list(self.live.values()):
+            call.tick(now)
+
+    def interrupt_all(self) -> None:
+        """The process must end now: every answer that is not whole is told so."""
+        for call in list(self.live.values()):
+            call.interrupt()
+
+    def cost(self, usage: Usage, model: str, at_ns: int, *, billable: bool) -> Cost:
+        """The price of an attempt; a model without a price is reported once."""
+        cost = price(usage, model, at_ns, self.catalog, billable=billable)
+        if cost.assumed and model not in self._assumed_models and len(self._assumed_models) < 1000:
+            self._assumed_models.add(model)
+            log.error("unknown_price", model=model, priced_as=cost.price_id, mend="add the model to wire/catalog.toml")
+        return cost
+
+
+class MessageCall:
+    """One request to its outcome."""
+
+    __slots__ = (
+        "_answer",
+        "_background_until",
+        "_call",
+        "_client",
+        "_connection",
+        "_ended",
+        "_error_data",
+        "_estimated_bill",
+        "_exchange",
+        "_first_byte_at",
+        "_gone",
+        "_interrupted",
+        "_last_answer",
+        "_pipeline",
+        "_plan",
+        "_principal",
+        "_relay",
+        "_request",
+        "_saved_nanousd",
+        "_stop_reason",
+        "_total_cost_nanousd",
+        "_usage",
+        "_wake",
+        "_whose",
+    )
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        exchange: Exchange,
+        request: ClientRequest,
+        principal: Principal,
+        whose: Attribution,
+    ) -> None:
+        self._pipeline = pipeline
+        self._exchange = exchange
+        self._request = request
+        self._principal = principal
+        self._whose = whose
+        self._plan: Plan | None = None
+        self._call: Call | None = None
+        self._client: ClientStream | None = None
+        self._connection: UpstreamConnection | None = None
+        self._answer: Answer | None = None
+        self._last_answer: Answer | None = None
+        self._relay: Relay | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._gone = False
+        self._background_until: float | None = None
+        self._interrupted = False
+        self._error_data = b""
+        """The `error` event of the last attempt's stream: the body of the answer, should nothing better come."""
+        self._ended: list[LedgerEvent] = []
+        self._usage = NO_USAGE
+        self._estimated_bill = False
+        self._saved_nanousd = 0
+        self._total_cost_nanousd = 0
+        self._first_byte_at: float | None = None
+        self._stop_reason = ""
+
+    # the path
+
+    async def run(self) -> None:
+        """From the request to its one outcome. The top of a request: what is ours to fail, fails here."""
+        try:
+            self._exchange.on_gone = self._client_left
+            self._exchange.on_paused = self._client_paused
+            plan = self._prepare()
+            if plan is not None:
+                await self._drive(plan)
+        except LedgerUnavailable as error:
+            log.error("ledger_unavailable", call_id=self._request.call_id, reason=str(error))
+            self._refuse(refusals.LEDGER_UNAVAILABLE)
+        except Exception:
+            log.exception("call_failed", call_id=self._request.call_id)
+            if self._connection is not None:
+                self._connection.abort()
+            self._refuse(refusals.INTERNAL)
+        finally:
+            self._pipeline.live.pop(self._request.call_id, None)
+            if self._background_until is not None:
+                self._pipeline.in_background -= 1
+
+    def _prepare(self) -> Plan | None:
+        """Scan, plan, admit; None when the request has been refused."""
+        pipeline, request = self._pipeline, self._request
+        try:
+            scanned = scan(request.body)
+            plan = make_plan(
+                scanned,
+                received_at=request.received_at,
+                deadline_s=self._whose.deadline_s or pipeline.settings.queue.deadline_s,
+            )
+        except InvalidBody as error:
+            self._refuse(refusals.bad_request(str(error)))
+            return None
+        self._plan = plan
+        if not self._whose.user:
+            user = scanned.metadata_user_id[:ATTRIBUTE_CHARS_MAX] or self._principal.user
+            self._whose = msgspec.structs.replace(self._whose, user=user)
+        admitted = admit(self._principal, scope="messages", model=plan.models[0])
+        if isinstance(admitted, Refused):
+            pipeline.ledger.write(
+                self._opened(plan),
+                CallClosed(
+                    call_id=request.call_id,
+                    outcome="refused",
+                    status=admitted.status,
+                    model="",
+                    total_ms=self._ms_since_start(),
+                    error_code=admitted.error_code,
+                ),
+            )
+            self._refuse(admitted)
+            return None
+        return plan
+
+    async def _drive(self, plan: Plan) -> None:
+        """Do what the call says until it says it is finished."""
+        pipeline = self._pipeline
+        call = self._call = Call(
+            plan, policy=pipeline.retry_policy, budget=pipeline.retry_budget, jitter=pipeline.jitter
+        )
+        if plan.streamed:
+            self._client = ClientStream(
+                self._exchange,
+                self._stream_head,
+                ping_after_s=pipeline.settings.server.ping_after_s,
+                clock=pipeline.clock,
+            )
+        while True:
+            step = call.step
+            if isinstance(step, Send):
+                await self._send(call, plan, step.attempt)
+            elif isinstance(step, RelayStep):
+                await self._relay_answer(call, plan)
+            elif isinstance(step, Sleep):
+                self._write_ended()
+                await self._sleep(step.until)
+                call.abandoned() if self._gone else call.woke()
+            elif isinstance(step, Finish):
+                self._finish(step.outcome, plan)
+                return
+
+    async def _send(self, call: Call, plan: Plan, attempt: Attempt) -> None:
+        """One attempt, from its intent to the head of its answer."""
+        pipeline, request = self._pipeline, self._request
+        intent = AttemptIntent(
+            call_id=request.call_id,
+            number=attempt.number,
+            model=attempt.model,
+            at_ns=pipeline.now_ns(),
+            input_tokens_estimate=plan.input_tokens_estimate,
+            max_tokens=plan.max_tokens,
+        )
+        if attempt.number == 1:
+            pipeline.ledger.write(self._opened(plan), intent)
+        else:
+            pipeline.ledger.write(*self._take_ended(), intent)
+        if pipeline.settings.ledger.durability == "power":
+            await pipeline.ledger.durable()
+        body = plan.body
+        head = b"POST %b/v1/messages%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
+            pipeline.upstream.base_path,
+            b"?" + request.query if request.query else b"",
+            pipeline.upstream_head,
+            request.forwarded,
+            len(body),
+        )
+        reply = await pipeline.upstream.send(
+            head + body,
+            self._track,
+            first_byte_timeout_s=None if plan.streamed else self._whole_answer_timeout_s(plan),
+        )
+        self._connection = None
+        if isinstance(reply, Answer):
+            if reply.status == 200 and reply.streamed == plan.streamed:
+                self._answer = reply
+                self._first_byte_at = self._first_byte_at or reply.head_at
+                call.started()
+                return
+            self._last_answer = reply
+            reply_failure = self._failure_of(reply, plan)
+        else:
+            reply_failure = reply
+        self._attempt_failed(call, attempt, reply_failure, started=None)
+
+    async def _relay_answer(self, call: Call, plan: Plan) -> None:
+        answer, self._answer = self._answer, None
+        assert answer is not None
+        attempt = Attempt(call.attempts, plan.models[0])
+        if plan.streamed:
+            await self._relay_stream(call, attempt, answer)
+        else:
+            self._relay_whole(call, attempt, answer)
+
+    async def _relay_stream(self, call: Call, attempt: Attempt, answer: Answer) -> None:
+        pipeline = self._pipeline
+        assert self._client is not None
+        self._last_answer = answer
+        relay = self._relay = Relay(
+            answer,
+            self._client,
+            hold_s=pipeline.settings.upstream.hold_s,
+            clock=pipeline.clock,
+            on_start=lambda: self._attempt_started(attempt, answer),
+            on_commit=call.commit,
+            on_progress=lambda: self._attempt_progressed(attempt),
+        )
+        if self._gone:
+            relay.abandon()
+        else:
+            answer.attach(relay)
+        failure = await relay.done
+        self._relay = None
+        fold = relay.fold
+        if fold.complete:
+            # Whole, even when the client left during the last bytes.
+            self._settle_stream(attempt, relay, answer)
+            call.completed(200)
+        elif self._gone:
+            self._end_attempt(attempt, "estimated", _CLIENT_CLOSED, self._estimated(relay), answer, "client_left")
+            call.abandoned()
+        else:
+            assert failure is not None
+            self._attempt_failed(call, attempt, failure, started=relay)
+
+    def _relay_whole(self, call: Call, attempt: Attempt, answer: Answer) -> None:
+        """An answer that is not streamed: it is here, whole, with its bill."""
+        self._last_answer = answer
+        body = answer.body()
+        try:
+            message = _whole_message.decode(body)
+            usage = decode_usage(message.usage)
+        except (msgspec.DecodeError, UsageError, RecursionError) as error:
+            failure = Failure(kind="malformed", status=200, message=f"Anthropic's answer cannot be read: {error}")
+            self._attempt_failed(call, attempt, failure, started=None)
+            return
+        self._stop_reason = message.stop_reason or ""
+        billable = is_billable(stop_reason=self._stop_reason, has_content=bytes(message.content) != b"[]")
+        ended = self._end_attempt(
+            attempt, "settled", 200, usage, answer, model=message.model or attempt.model, billable=billable
+        )
+        if self._gone:
+            call.abandoned()
+            return
+        call.commit()
+        cache = b"read" if usage.cache_read_tokens else b"none"
+        if not usage.cache_read_tokens and usage.cache_write_5m_tokens + usage.cache_write_1h_tokens:
+            cache = b"write"
+        lines = b"%b%bx-headgate-cost-usd: %d.%09d\r\nx-headgate-cache: %b\r\n" % (
+            forwarding.response_lines(answer.headers),
+            self._own_lines(),
+            *divmod(ended.cost_nanousd, 1_000_000_000),
+            cache,
+        )
+        call.completed(200)
+        self._exchange.respond(200, lines, body)
+
+    def _finish(self, outcome: Outcome, plan: Plan) -> None:
+        """The call's one outcome: told to the client, the ledger and the log."""
+        status = outcome.status
+        error_code = outcome.error_code
+        if outcome.kind in ("failed", "cut"):
+            assert outcome.failure is not None
+            status = self._tell_failure(outcome, outcome.failure)
+        elif outcome.kind == "abandoned":
+            error_code = "client_left"
+        model = outcome.model
+        total_ms = self._ms_since_start()
+        first_byte_ms = None if self._first_byte_at is None else self._ms_to(self._first_byte_at)
+        self._pipeline.ledger.write(
+            *self._take_ended(),
+            CallClosed(
+                call_id=self._request.call_id,
+                outcome=outcome.kind,
+                status=status,
+                model=model,
+                total_ms=total_ms,
+                first_byte_ms=first_byte_ms,
+                error_code=error_code,
+                stop_reason=self._stop_reason,
+            ),
+        )
+        self._log(
+            plan,
+            outcome=outcome.kind,
+            status=status,
+            model=model,
+            error_code=error_code,
+            failure=outcome.failure.kind if outcome.failure else "",
+            reasons=self._call.reasons if self._call is not None else (),
+            attempts=outcome.attempts,
+            total_ms=total_ms,
+            first_byte_ms=first_byte_ms,
+        )
+
+    # the client
+
+    def tick(self, now: float) -> None:
+        """Called a few times a second."""
+        if self._client is not None:
+            self._client.tick(now, answering=self._relay is not None)
+        if self._relay is not None:
+            self._relay.tick(now)
+        if self._background_until is not None and now > self._background_until and self._connection is not None:
+            self._connection.abort()
+
+    def interrupt(self) -> None:
+        """The process ends before this answer does: the client hears of it, and what was produced is settled."""
+        self._interrupted = True
+        if self._relay is not None:
+            self._relay.broke(Failure(kind="reset", status=200, message="The gateway is restarting."))
+        elif self._connection is not None:
+            self._connection.abort()
+        elif self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _client_left(self) -> None:
+        """Design §5.4: in backoff nothing more is sent; streaming, upstream is closed; else it is read on."""
+        self._gone = True
+        pipeline = self._pipeline
+        if self._relay is not None:
+            self._relay.abandon()
+        elif self._wake is not None:
+            if not self._wake.done():
+                self._wake.set_result(None)
+        elif self._connection is not None:
+            streamed = self._plan is not None and self._plan.streamed
+            if streamed or pipeline.in_background >= pipeline.settings.upstream.background_max:
+                self._connection.abort()
+            else:
+                # Nobody waits for this answer, but it is billed in full: let it come, to settle it exactly.
+                pipeline.in_background += 1
+                self._background_until = pipeline.clock() + pipeline.settings.upstream.background_timeout_s
+
+    def _client_paused(self, paused: bool) -> None:
+        if self._relay is not None:
+            self._relay.pause(paused)
+
+    def _tell_failure(self, outcome: Outcome, failure: Failure) -> int:
+        """The client's last word on a failed call; returns the status it saw."""
+        call_id = self._request.call_id
+        if self._client is not None and self._client.started:
+            if outcome.kind == "cut" and failure.kind == "stream_error":
+                # Anthropic's own error event has been passed on already.
+                self._exchange.end()
+                return 200
+            error_type, code, message = _cut_error(failure, interrupted=self._interrupted)
+            self._client.end(errors.event(error_type, message, code=code, request_id=call_id))
+            return 200
+        if self._interrupted:
+            error = refusals.answer(refusals.RESTARTING, call_id=call_id)
+            self._exchange.respond(error.status, error.header_lines, error.body)
+            return error.status
+        answer = self._last_answer
+        if failure.kind == "stream_error" and self._error_data and answer is not None:
+            # The error came as the stream's first event; nothing was shown, so it can still be a proper status.
+            status = errors.STATUS_BY_TYPE.get(failure.error_type, 500)
+            lines = forwarding.response_lines(h for h in answer.headers if h[0].lower() != b"content-type")
+            lines += (
+                b"content-type: application/json\r\n" + self._own_lines() + refusals.advice(None, should_retry=False)
+            )
+            self._exchange.respond(status, lines, self._error_data)
+            return status
+        if failure.kind == "status" and answer is not None:
+            passed_on = passed_on_lines(answer, failure)
+            if passed_on is not None:
+                self._exchange.respond(answer.status, passed_on + self._own_lines(), answer.body())
+                return answer.status
+        error = refusals.answer(refusal_of(failure), call_id=call_id)
+        self._exchange.respond(error.status, error.header_lines + self._attempt_lines(), error.body)
+        return error.status
+
+    def _refuse(self, refused: Refused) -> None:
+        """Answer in our own words, before any attempt or instead of an outcome."""
+        error = refusals.answer(refused, call_id=self._request.call_id)
+        if self._client is not None and self._client.started:
+            self._client.end(
+                errors.event(
+                    refused.error_type, refused.message, code=refused.error_code, request_id=self._request.call_id
+                )
+            )
+        else:
+            self._exchange.respond(error.status, error.header_lines, error.body)
+        self._log(
+            self._plan,
+            outcome="refused" if self._call is None else "failed",
+            status=error.status,
+            model="",
+            error_code=refused.error_code,
+            failure="",
+            reasons=(),
+            attempts=0 if self._call is None else self._call.attempts,
+            total_ms=self._ms_since_start(),
+            first_byte_ms=None,
+        )
+
+    def _stream_head(self) -> bytes:
+        answer = self._last_answer
+        lines = forwarding.response_lines(answer.headers) if answer is not None else b""
+        # nginx and its kin buffer a stream unless they are told not to; it is the article's lost half day.
+        return lines + self._own_lines() + b"x-accel-buffering: no\r\n"
+
+    def _own_lines(self) -> bytes:
+        return b"x-headgate-call: %b\r\n%b" % (self._request.call_id.encode(), self._attempt_lines())
+
+    def _attempt_lines(self) -> bytes:
+        call, plan = self._call, self._plan
+        assert call is not None
+        assert plan is not None
+        return b"x-headgate-model: %b\r\nx-headgate-attempts: %d\r\nx-headgate-queue-ms: 0\r\n" % (
+            plan.models[0].encode("ascii", "replace").translate(None, _CONTROL),
+            call.attempts,
+        )
+
+    # upstream
+
+    def _track(self, connection: UpstreamConnection) -> bool:
+        if self._gone or self._interrupted:
+            return False
+        self._connection = connection
+        return True
+
+    def _whole_answer_timeout_s(self, plan: Plan) -> float:
+        """Answers that come whole come late: as the SDK does, allow for their length (claude-api §4.5)."""
+        limit_s = self._pipeline.settings.upstream.first_byte_timeout_s
+        return limit_s * max(1.0, plan.max_tokens / _LONG_ANSWER_TOKENS)
+
+    async def _sleep(self, until: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._wake = loop.create_future()
+        timer = loop.call_later(max(until - self._pipeline.clock(), 0.0), _set, self._wake)
+        await self._wake
+        timer.cancel()
+        self._wake = None
+
+    def _failure_of(self, answer: Answer, plan: Plan) -> Failure:
+        """Why an answer with a head is no answer to this request."""
+        if answer.status == 200:
+            if answer.streamed:
+                answer.abort()
+            asked = "a stream" if plan.streamed else "a message"
+            return Failure(kind="malformed", status=200, message=f"Anthropic did not answer with {asked}.")
+        return failure_of_status(answer, self._pipeline.now_ns())
+
+    # the bill
+
+    def _attempt_started(self, attempt: Attempt, answer: Answer) -> None:
+        assert self._relay is not None
+        self._pipeline.ledger.write(
+            AttemptStarted(
+                call_id=self._request.call_id,
+                number=attempt.number,
+                upstream_request_id=_request_id(answer),
+                usage=self._relay.fold.usage,
+            )
+        )
+
+    def _attempt_progressed(self, attempt: Attempt) -> None:
+        assert self._relay is not None
+        self._pipeline.ledger.write(
+            AttemptProgress(
+                call_id=self._request.call_id,
+                number=attempt.number,
+                output_tokens=self._estimated(self._relay).output_tokens,
+            )
+        )
+
+    def _attempt_failed(self, call: Call, attempt: Attempt, failure: Failure, *, started: Relay | None) -> None:
+        """Settle what the attempt may have cost, then ask the call what follows."""
+        code = failure_code(failure)
+        answer = self._last_answer
+        if started is not None and started.fold.started:
+            self._end_attempt(attempt, "estimated", failure.status, self._estimated(started), answer, code)
+        elif failure.sent and failure.kind not in ("status", "stream_error"):
+            # It may have been worked on and billed: never free, until a reconciliation says otherwise.
+            self._end_attempt(attempt, "estimated", failure.status, self._input_estimate(), None, code)
+        else:
+            self._end_attempt(attempt, "void", failure.status, NO_USAGE, answer if failure.status else None, code)
+        if cause(failure) is Cause.CREDENTIAL:
+            log.error(
+                "upstream_credential",
+                call_id=self._request.call_id,
+                status=failure.status,
+                code=code,
+                mend="check ANTHROPIC_API_KEY and the certificate of the upstream URL",
+            )
+        self._error_data = started.fold.error_data if started is not None else b""
+        if self._gone:
+            call.abandoned()
+        else:
+            call.failed(failure, self._pipeline.clock())
+
+    def _settle_stream(self, attempt: Attempt, relay: Relay, answer: Answer) -> None:
+        fold = relay.fold
+        self._stop_reason = fold.stop_reason
+        has_content = fold.saw_content or fold.saw_block
+        usage = fold.usage
+        self._pipeline.calibration.observe(
+            attempt.model,
+            output_bytes=fold.output_bytes,
+            output_tokens=usage.output_tokens - usage.thinking_tokens,
+        )
+        self._end_attempt(
+            attempt,
+            "settled",
+            200,
+            usage,
+            answer,
+            model=fold.model or attempt.model,
+            billable=is_billable(stop_reason=fold.stop_reason, has_content=has_content),
+        )
+
+    def _estimated(self, relay: Relay) -> Usage:
+        """Usage of an answer that did not end: exact input, and output by the bytes that went by."""
+        fold = relay.fold
+        if not fold.started:
+            return self._input_estimate()
+        if fold.usage_final:
+            return fold.usage
+        assert self._plan is not None
+        seen = self._pipeline.calibration.tokens(self._plan.models[0], fold.output_bytes)
+        return msgspec.structs.replace(fold.usage, output_tokens=max(seen, fold.usage.output_tokens))
+
+    def _input_estimate(self) -> Usage:
+        assert self._plan is not None
+        return Usage(input_tokens=self._plan.input_tokens_estimate)
+
+    def _end_attempt(
+        self,
+        attempt: Attempt,
+        state: Literal["settled", "estimated", "void"],
+        status: int,
+        usage: Usage,
+        answer: Answer | None,
+        error_code: str = "",
+        *,
+        model: str = "",
+        billable: bool = True,
+    ) -> AttemptEnded:
+        """The attempt's terminal row; it is written with the next thing that is."""
+        cost = self._pipeline.cost(
+            usage, model or attempt.model, self._request.received_at_ns, billable=billable and state != "void"
+        )
+        ended = AttemptEnded(
+            call_id=self._request.call_id,
+            number=attempt.number,
+            state=state,
+            status=status,
+            usage=usage,
+            price_id=cost.price_id,
+            cost_nanousd=cost.cost_nanousd,
+            saved_nanousd=cost.saved_nanousd,
+            error_code=error_code,
+            upstream_request_id=_request_id(answer),
+        )
+        self._ended.append(ended)
+        self._usage = usage
+        self._estimated_bill = state == "estimated"
+        self._saved_nanousd = cost.saved_nanousd
+        self._total_cost_nanousd += cost.cost_nanousd
+        return ended
+
+    def _take_ended(self) -> list[LedgerEvent]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _write_ended(self) -> None:
+        if self._ended:
+            self._pipeline.ledger.write(*self._take_ended())
+
+    def _opened(self, plan: Plan) -> CallOpened:
+        whose = self._whose
+        return CallOpened(
+            call_id=self._request.call_id,
+            at_ns=self._request.received_at_ns,
+            key_id=self._principal.key_id,
+            user=whose.user,
+            tier=whose.tier,
+            endpoint=whose.endpoint,
+            model_asked=plan.models[0],
+            streamed=plan.streamed,
+            conversation=whose.conversation,
+            arm=plan.arm,
+        )
+
+    # the log
+
+    def _ms_since_start(self) -> int:
+        return self._ms_to(self._pipeline.clock())
+
+    def _ms_to(self, at: float) -> int:
+        return round((at - self._request.received_at) * 1000)
+
+    def _log(
+        self,
+        plan: Plan | None,
+        *,
+        outcome: OutcomeKind,
+        status: int,
+        model: str,
+        error_code: str,
+        failure: str,
+        reasons: tuple[str, ...],
+        attempts: int,
+        total_ms: int,
+        first_byte_ms: int | None,
+    ) -> None:
+        request, whose, usage = self._request, self._whose, self._usage
+        self._pipeline.put_log_line(
+            LogLine(
+                event="call",
+                ts=self._pipeline.timestamps.text(request.received_at_ns),
+                call_id=request.call_id,
+                key_id=self._principal.key_id,
+                user_id=whose.user,
+                tier=whose.tier,
+                endpoint=whose.endpoint,
+                conversation=whose.conversation,
+                model_asked=plan.models[0] if plan is not None else "",
+                model=model,
+                arm=plan.arm if plan is not None else "",
+                streamed=plan is not None and plan.streamed,
+                status=status,
+                outcome=outcome,
+                error_code=error_code,
+                failure=failure,
+                reasons=reasons,
+                attempts=attempts,
+                retry_count=max(attempts - 1, 0),
+                queue_ms=0,
+                first_byte_ms=first_byte_ms,
+                total_ms=total_ms,
+                input_tokens_estimate=plan.input_tokens_estimate if plan is not None else 0,
+                input_tokens=usage.input_tokens,
+                cache_read_tokens=usage.cache_read_tokens,
+                cache_write_5m_tokens=usage.cache_write_5m_tokens,
+                cache_write_1h_tokens=usage.cache_write_1h_tokens,
+                output_tokens=usage.output_tokens,
+                estimated=self._estimated_bill,
+                cost_nanousd=self._total_cost_nanousd,
+                saved_nanousd=self._saved_nanousd,
+                stop_reason=self._stop_reason,
+                upstream_request_id=_request_id(self._last_answer),
+            )
+        )
+
+
+_CONTROL = bytes(range(32)) + b"\x7f"
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _request_id(answer: Answer | None) -> str:
+    return answer.header_map.get(b"request-id", b"").decode("latin-1") if answer is not None else ""
+
+
+def failure_of_status(answer: Answer, now_ns: int) -> Failure:
+    """What an error answer of Anthropic's says."""
+    envelope = errors.parse(answer.body())
+    headers = answer.header_map
+    return Failure(
+        kind="status",
+        status=answer.status,
+        error_type=envelope.error.type,
+        error_code=errors.error_code(envelope),
+        message=envelope.error.message,
+        retry_after_s=retry_after_s(headers, now_s=now_ns / 1e9),
+        should_retry=should_retry(headers),
+        upstream_request_id=_request_id(answer),
+    )
+
+
+def passed_on_lines(answer: Answer, failure: Failure) -> bytes | None:
+    """The header lines of an error of Anthropic's that the client sees as it is, with our advice on trying again.
+
+    None for what is not the client's to see: 401 and 403 are about our own key, a redirect is about us.
+    """
+    if answer.status < 400 or answer.status in (401, 403):
+        return None
+    return forwarding.response_lines(answer.headers) + refusals.advice(failure.retry_after_s, should_retry=False)
+
+
+def _cut_error(failure: Failure, *, interrupted: bool) -> tuple[str, str, str]:
+    """`(type, code, message)` of the last event of a stream that did not reach its end."""
+    if interrupted:
+        return "overloaded_error", "restarting", "The gateway is restarting. Try again."
+    if failure.kind == "stall":
+        return "api_error", "upstream_stalled", failure.message
+    if failure.kind == "stream_error":
+        return failure.error_type, failure.error_code or failure.error_type, failure.message
+    return "api_error", "upstream_cut", failure.message or "Anthropic's stream ended early."
+
+
+def refusal_of(failure: Failure) -> Refused:
+    """What a client is told when there is no answer of Anthropic's to pass on."""
+    code = failure_code(failure)
+    match failure.kind:
+        case "timeout" | "stall":
+            return Refused(504, "timeout_error", code, failure.message)
+        case "status" if failure.status in (401, 403):
+            return Refused(502, "api_error", "upstream_credential", "Anthropic refused this gateway's own key.")
+        case "status":
+            return Refused(502, "api_error", code, f"Anthropic answered with status {failure.status}.")
+        case _:
+            return Refused(502, "api_error", code, failure.message)

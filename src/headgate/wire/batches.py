@@ -1,0 +1,44 @@
+"""Message Batches as they pass: where an answer names the URL of a batch's results.
+
+The URL is absolute and Anthropic's, and an SDK follows it with the client's own credential (claude-api §8), so it has
+to lead back to the gateway.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from headgate.wire.message import InvalidBody, Splice, elements, members, scan, splice
+
+_PATH = "/v1/messages/batches/"
+_string = msgspec.json.Decoder(str)
+
+
+def rewrite_results_urls(body: bytes, base_url: str) -> bytes:
+    """The answer with every `results_url`, of one batch or of a list, moved to `base_url`; other bytes untouched.
+
+    `base_url` is `scheme://host[:port]`. A body that is no batch is returned as it is.
+    """
+    try:
+        answer = scan(body)
+        batches = [answer.fields]
+        data = answer.fields.get("data")
+        if data is not None and body[data.start] == ord("["):
+            batches += [members(body, one) for one in elements(body, data) if body[one.start] == ord("{")]
+    except InvalidBody:
+        return body
+    splices = []
+    for batch in batches:
+        url = batch.get("results_url")
+        if url is not None and (moved := _moved(url.of(body), base_url)) is not None:
+            splices.append(Splice(url.start, url.end, moved))
+    return splice(body, splices)
+
+
+def _moved(raw: bytes, base_url: str) -> bytes | None:
+    """The JSON string with its origin replaced; None when it is null or leads to something else."""
+    if not raw.startswith(b'"'):
+        return None
+    url = _string.decode(raw)
+    at = url.find(_PATH)
+    return None if at < 0 else msgspec.json.encode(base_url + url[at:])
