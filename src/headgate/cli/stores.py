@@ -31,6 +31,8 @@ def refusals() -> Iterator[Settings]:
     except SQLAlchemyError as error:
         raise CommandError(Exit.STORE, f"{found.data_dir}: the database does not answer: {error}") from None
     except OSError as error:
+        if error.filename is None:
+            raise  # not about a file: no matter of the data directory
         raise CommandError(
             Exit.STORE, f"cannot use the data directory {found.data_dir}: {error.strerror}. Set HEADGATE_DATA_DIR."
         ) from None

@@ -157,8 +157,8 @@ class Gateway:
             gc.freeze()
             log.info(
                 "listening",
-                gateway=f"http://{settings.listen}",
-                operator=f"http://{settings.operator_listen}",
+                gateway=_url(settings.listen, self.port),
+                operator=_url(settings.operator_listen, self.operator_port),
                 upstream=settings.upstream_url,
                 data_dir=str(settings.data_dir),
             )
@@ -245,6 +245,10 @@ async def _listen(server: Server, setting: str, address: str) -> None:
         await server.listen(host, port)
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {error.strerror}. Choose another with {setting}.") from None
+
+
+def _url(address: str, port: int) -> str:
+    return f"http://{address.rpartition(':')[0]}:{port}"
 
 
 async def _until(reached: Callable[[], bool]) -> None:

@@ -79,7 +79,7 @@ class _WholeMessage(msgspec.Struct, frozen=True):
     usage: msgspec.Raw
     model: str = ""
     stop_reason: str | None = None
-    content: msgspec.Raw = msgspec.Raw(b"[]")
+    content: list[msgspec.Raw] = []
 
 
 _whole_message = msgspec.json.Decoder(_WholeMessage)
@@ -386,12 +386,12 @@ class MessageCall:
         try:
             message = _whole_message.decode(body)
             usage = decode_usage(message.usage)
-        except (msgspec.DecodeError, UsageError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
             failure = Failure(kind="malformed", status=200, message=f"Anthropic's answer cannot be read: {error}")
             self._attempt_failed(call, attempt, failure, started=None)
             return
         self._stop_reason = message.stop_reason or ""
-        billable = is_billable(stop_reason=self._stop_reason, has_content=bytes(message.content) != b"[]")
+        billable = is_billable(stop_reason=self._stop_reason, has_content=bool(message.content))
         ended = self._end_attempt(
             attempt, "settled", 200, usage, answer, model=message.model or attempt.model, billable=billable
         )

@@ -5,7 +5,7 @@ Pure. Does not know time, sockets or the cache; `events` turns an answer into by
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate
@@ -116,10 +116,9 @@ def compose(
     stop_reason, stop_sequence = "end_turn", None
     tool = None if directive.stop == "empty" else tool_to_call(ask.body, directive, dice)
     if directive.stop != "empty" and left > 0:
-        wished = _words(ask, directive, dice, tool, answer_tokens)
-        part, cut = _text(wished, left, tokenizer)
+        part, cut = _text(*_words(ask, directive, dice, tool, answer_tokens), left)
         if directive.stop == "refusal_mid":
-            part, cut = _text(part.text, max(1, part.output_tokens // 2), tokenizer)
+            part, cut = _text(part.pieces, part.output_tokens, max(1, part.output_tokens // 2))
         part, stop_sequence = _stopped(part, ask.stop_sequences, tokenizer)
         if part.pieces:
             parts.append(part)
@@ -264,46 +263,48 @@ def _summary(display: Display, dice: random.Random) -> Sequence[str]:
 
 def _words(
     ask: Ask, directive: Directive, dice: random.Random, tool: JsonObject | None, answer_tokens: int
-) -> str | tuple[str, int]:
-    """The text to send, or the number of tokens to fill; the second as (language of the prompt, tokens)."""
+) -> tuple[Sequence[str], int]:
+    """The text to send before any limit cuts it: its pieces and its tokens."""
     if directive.text is not None:
-        return directive.text
+        return _counted(directive.text, ask.model.tokenizer)
     shape = object_in(ask.body.get("output_config")).get("format")
     if shape is not None and tool is None:
         schema = object_in(object_in(shape).get("schema"))
-        return msgspec.json.encode(sample(schema, dice, root=schema)).decode()
+        return _counted(msgspec.json.encode(sample(schema, dice, root=schema)).decode(), ask.model.tokenizer)
     if tool is not None and directive.tokens is None:
-        return f"I will use {text_in(tool.get('name'))} for this."
+        return _counted(f"I will use {text_in(tool.get('name'))} for this.", ask.model.tokenizer)
     count = directive.tokens if directive.tokens is not None else round(answer_tokens * dice.uniform(0.5, 1.5))
     return _filled(last_user_text(ask.body), max(1, count), ask.model.tokenizer, dice)
 
 
-def _filled(prompt: str, count: int, tokenizer: Tokenizer, dice: random.Random) -> tuple[str, int]:
-    """Sentences in the language of the prompt, `count` tokens long."""
-    sentences = corpus.VIETNAMESE_PIECES if tokens.kind_of(prompt).startswith("vietnamese") else corpus.ENGLISH_PIECES
-    rate = tokens.chars_per_token("".join(sentences[0]), tokenizer)
+def _counted(text: str, tokenizer: Tokenizer) -> tuple[Sequence[str], int]:
+    return corpus.pieces(text), max(1, tokens.count(text, tokenizer))
+
+
+def _filled(prompt: str, count: int, tokenizer: Tokenizer, dice: random.Random) -> tuple[Sequence[str], int]:
+    """Sentences in the language of the prompt, `count` tokens long; pieces are shared, so that it stays small."""
+    vietnamese = tokens.kind_of(prompt).startswith("vietnamese")
+    sentences = corpus.VIETNAMESE_PIECES if vietnamese else corpus.ENGLISH_PIECES
+    wanted = count * tokens.chars_per_token((corpus.VIETNAMESE if vietnamese else corpus.ENGLISH)[0], tokenizer)
     found: list[str] = []
     chars = 0
     position = dice.randrange(len(sentences))
-    while chars < count * rate:
+    while chars < wanted:
         sentence = sentences[position % len(sentences)]
         found += sentence
         chars += sum(map(len, sentence))
         position += 1
-    while len(found) > 1 and chars - len(found[-1]) >= count * rate:
+    while len(found) > 1 and chars - len(found[-1]) >= wanted:
         chars -= len(found.pop())
     found[0] = found[0].lstrip()
-    return "".join(found), count
+    return found, count
 
 
-def _text(wished: str | tuple[str, int], left: int, tokenizer: Tokenizer) -> tuple[Part, bool]:
+def _text(pieces: Sequence[str], count: int, left: int) -> tuple[Part, bool]:
     """The text block, and whether `left` tokens cut it."""
-    text, count = (wished, max(1, tokens.count(wished, tokenizer))) if isinstance(wished, str) else wished
-    cut = count > left
-    if cut:
-        text = text[: max(1, int(len(text) * left / count))]
-        count = left
-    return Part("text", corpus.pieces(text), count), cut
+    if count <= left:
+        return Part("text", pieces, count), False
+    return Part("text", pieces[: max(1, len(pieces) * left // count)], left), True
 
 
 def _stopped(part: Part, sequences: tuple[str, ...], tokenizer: Tokenizer) -> tuple[Part, str | None]:
@@ -338,10 +339,7 @@ def _tool(
     return Part("tool_use", corpus.pieces(text), count, id=ids.next("toolu_"), name=name), cut
 
 
-def tokens_by_piece(part: Part) -> list[int]:
+def tokens_by_piece(part: Part) -> Iterator[int]:
     """Output tokens of a part after each of its pieces; the last is the part's whole."""
-    lengths = list(accumulate(map(len, part.pieces)))
-    if not lengths:
-        return []
-    whole = max(1, lengths[-1])
-    return [max(1, part.output_tokens * length // whole) for length in lengths]
+    whole = max(1, sum(map(len, part.pieces)))
+    return (max(1, part.output_tokens * length // whole) for length in accumulate(map(len, part.pieces)))

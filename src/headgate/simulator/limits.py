@@ -7,6 +7,7 @@ reads free, `max_tokens` without influence, output counted as it is produced.
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -152,7 +153,8 @@ class RateLimiter:
             buckets.requests.level -= 1
         if buckets.input is not None:
             buckets.input.level -= input_tokens
-        self._note(buckets, input_tokens, now_s)
+        if self._settings.ramp_factor is not None:
+            self._note(buckets, input_tokens, now_s)
         return None
 
     def refund_input(self, scope: Scope, model: Model, input_tokens: int, now_s: float) -> None:
@@ -161,13 +163,20 @@ class RateLimiter:
         if bucket is not None:
             bucket.level = min(bucket.capacity, bucket.refill(now_s) + input_tokens)
 
-    def spend_output(self, scope: Scope, model: Model, output_tokens: int, now_s: float) -> None:
-        """Takes produced tokens; the level may go below zero."""
+    def output_meter(self, scope: Scope, model: Model, now_s: float) -> Callable[[int, float], None]:
+        """A function of (tokens, now) that takes produced tokens, one call an event; the level may go below zero."""
         buckets = self._buckets(scope, model, now_s)
-        if buckets.output is not None:
-            buckets.output.refill(now_s)
-            buckets.output.level -= output_tokens
-        self._note(buckets, output_tokens, now_s)
+        output = buckets.output
+        ramps = self._settings.ramp_factor is not None
+
+        def spend(output_tokens: int, now_s: float) -> None:
+            if output is not None:
+                output.refill(now_s)
+                output.level -= output_tokens
+            if ramps:
+                self._note(buckets, output_tokens, now_s)
+
+        return spend
 
     def admit_single(self, scope: Scope, what: str, now_s: float) -> ApiError | None:
         """Takes one call of `count_tokens` or `batches`, which have a request limit of their own."""
@@ -236,8 +245,6 @@ class RateLimiter:
         return buckets
 
     def _note(self, buckets: ClassBuckets, tokens: int, now_s: float) -> None:
-        if self._settings.ramp_factor is None:
-            return
         recent = buckets.recent
         if recent and now_s - recent[-1][0] < RAMP_BIN_S:
             recent[-1][1] += tokens

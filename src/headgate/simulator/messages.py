@@ -312,7 +312,7 @@ def _stream(call: Call, job: Job, answer: Answer, rate: Rate, now_s: float) -> N
         exchange,
         world.ticker,
         start_s=now_s,
-        on_tokens=lambda count: world.limiter.spend_output(job.scope, job.ask.model, count, world.clock()),
+        on_tokens=world.limiter.output_meter(job.scope, job.ask.model, now_s),
         on_end=partial(_stream_over, call, job, answer),
     ).play(now_s)
 
@@ -345,7 +345,7 @@ def _note_client_left(call: Call) -> None:
 
 def _whole(call: Call, job: Job, answer: Answer, now_s: float) -> None:
     world, exchange, reply = call.world, call.exchange, call.reply
-    world.limiter.spend_output(job.scope, job.ask.model, answer.usage.output_tokens, now_s)
+    world.limiter.output_meter(job.scope, job.ask.model, now_s)(answer.usage.output_tokens, now_s)
     exchange.output_tokens = answer.usage.output_tokens
     exchange.head_s = now_s
     if exchange.client_closed_s is not None:
@@ -376,7 +376,7 @@ def _whole(call: Call, job: Job, answer: Answer, now_s: float) -> None:
         exchange,
         world.ticker,
         start_s=now_s,
-        on_tokens=lambda _: None,
+        on_tokens=lambda _, __: None,
         on_end=partial(_stream_over, call, job, answer),
     ).play(now_s)
 

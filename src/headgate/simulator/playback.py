@@ -28,13 +28,13 @@ class Playback:
         ticker: Ticker,
         *,
         start_s: float,
-        on_tokens: Callable[[int], None],
+        on_tokens: Callable[[int, float], None],
         on_end: Callable[[Ending], None],
     ) -> None:
         self._frames = frames
         self._reply = reply
         self._exchange = exchange
-        self._ticker = ticker
+        self._at = ticker.at
         self._due_s = start_s
         self._frame = next(frames, None)
         self._on_tokens = on_tokens
@@ -52,36 +52,34 @@ class Playback:
             self._blocked = True
             return
         exchange = self._exchange
-        before = exchange.output_tokens
+        before = produced = exchange.output_tokens
         burst: list[bytes] = []
         size = 0
-        while (frame := self._frame) is not None:
-            due_s = self._due_s + frame.wait_s
-            if due_s > now_s:
-                break
+        frame = self._frame
+        while frame is not None and (due_s := self._due_s + frame.wait_s) <= now_s:
             if size > BURST_BYTES:
                 self._send(burst)
                 burst, size = [], 0
                 if self._reply.full:
                     break
             self._due_s = due_s
-            self._frame = next(self._frames, None)
-            exchange.output_tokens = max(exchange.output_tokens, frame.output_tokens)
-            if frame.act != "send":
-                self._send(burst)
-                burst = []
-                if frame.act == "raw":
-                    self._reply.raw(frame.data)
-                    continue
-                self._break(frame)
-                break
-            if frame.data:
+            if frame.output_tokens > produced:
+                produced = frame.output_tokens
+            if frame.act == "send":
                 burst.append(frame.data)
                 size += len(frame.data)
-                exchange.events_sent += 1
+            else:
+                self._send(burst)
+                burst = []
+                if frame.act != "raw":
+                    self._break(frame)
+                    break
+                self._reply.raw(frame.data)
+            frame = self._frame = next(self._frames, None)
         self._send(burst)
-        if exchange.output_tokens > before:
-            self._on_tokens(exchange.output_tokens - before)
+        if produced > before:
+            exchange.output_tokens = produced
+            self._on_tokens(produced - before, now_s)
         if self._over:
             self._on_end("broken")
         elif self._frame is None:
@@ -91,12 +89,13 @@ class Playback:
         elif self._reply.full:
             self._blocked = True
         else:
-            self._ticker.at(self._due_s + self._frame.wait_s, self.play)
+            self._at(self._due_s + self._frame.wait_s, self.play)
 
     def _send(self, burst: list[bytes]) -> None:
         if burst:
-            self._reply.data(b"".join(burst))
+            self._reply.data(burst[0] if len(burst) == 1 else b"".join(burst))
             self._exchange.bytes_sent = self._reply.bytes_sent
+            self._exchange.events_sent += len(burst) - burst.count(b"")
 
     def _break(self, frame: Frame) -> None:
         self._over = True
@@ -117,4 +116,4 @@ class Playback:
     def _resume(self) -> None:
         if self._blocked and not self._over:
             self._blocked = False
-            self._ticker.at(self._due_s, self.play)
+            self._at(self._due_s, self.play)

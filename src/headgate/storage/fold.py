@@ -2,8 +2,8 @@
 
 A call is in memory from its first event until it is closed and its attempts are; what was touched since the last
 `committed` is written as whole rows. So any batching of the same events makes the same rows, and a call that opens
-and ends within a batch is written once. The first ending of an attempt or a call holds; a second is counted and
-ignored, which is what makes a replay harmless.
+and ends within a batch is written once. The first ending of an attempt or a call holds: here a second is counted and
+ignored, and in the tables a row that is not open is never written again. So a replay is harmless.
 """
 
 from __future__ import annotations
@@ -233,16 +233,13 @@ class Fold:
             call_id = event.call_id
             call = self._touched.get(call_id)
             if call is None:
-                call = self.open.get(call_id) or self._find(call_id)
+                call = self.open.get(call_id)
                 if call is None:
-                    # The line that opened it may be damaged. What it cost is told all the same, at the time
-                    # its writer began.
-                    at_ns = event.at_ns if isinstance(event, CallOpened | AttemptIntent) else int(writer.split("-")[0])
-                    call = self.open[call_id] = CallRow(call_id, at_ns, writer)
+                    call = self.open[call_id] = self._unknown(event, writer)
                 self._touched[call_id] = call
             self._tell(call, event)
-            if call.outcome is not None and call_id in self.open and call.state != "open":
-                del self.open[call_id]
+            if call.outcome is not None and call.state != "open":
+                self.open.pop(call_id, None)
 
     def changed(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
         """Rows of `calls` and of `attempts` that differ from what was last committed."""
@@ -257,6 +254,13 @@ class Fold:
         for call in self._touched.values():
             call.changed.clear()
         self._touched.clear()
+
+    def _unknown(self, event: LedgerEvent, writer: str) -> CallRow:
+        if isinstance(event, CallOpened):
+            return CallRow(event.call_id, event.at_ns, writer)
+        # The line that opened it may be damaged: what it cost is told all the same, at the time its writer began.
+        at_ns = event.at_ns if isinstance(event, AttemptIntent) else int(writer.partition("-")[0])
+        return self._find(event.call_id) or CallRow(event.call_id, at_ns, writer)
 
     def _tell(self, call: CallRow, event: LedgerEvent) -> None:
         match event:

@@ -24,14 +24,15 @@ class LedgerTables:
 
         self._connection = engine.raw_connection()
         self._cursor = self._connection.cursor()
-        self._upsert_call = text(_upsert(calls))
-        self._upsert_attempt = text(_upsert(attempts))
+        still_open = sa.text("'open'")
+        self._upsert_call = text(_upsert(calls, calls.c.state == still_open))
+        self._upsert_attempt = text(_upsert(attempts, attempts.c.state == still_open))
         self._upsert_position = text(_upsert(journal_positions))
         call_id: sa.BindParameter[str] = sa.bindparam("call_id")
         segment: sa.BindParameter[str] = sa.bindparam("segment")
         self._call = text(sa.select(calls).where(calls.c.call_id == call_id))
         self._attempts = text(sa.select(attempts).where(attempts.c.call_id == call_id))
-        self._open = text(sa.select(calls).where(calls.c.state == sa.text("'open'")))
+        self._open = text(sa.select(calls).where(calls.c.state == still_open))
         self._position = text(sa.select(journal_positions.c.offset_bytes).where(journal_positions.c.segment == segment))
         self._positions = text(sa.select(journal_positions.c.segment))
         self._forget = text(sa.delete(journal_positions).where(journal_positions.c.segment == segment))
@@ -91,9 +92,10 @@ class LedgerTables:
         )
 
 
-def _upsert(table: sa.Table) -> sa.Executable:
+def _upsert(table: sa.Table, where: sa.ColumnElement[bool] | None = None) -> sa.Executable:
+    """Insert whole rows; where there is one already, overwrite it if `where` holds for it."""
     statement = insert(table)
     rest = {column.name: statement.excluded[column.name] for column in table.columns if not column.primary_key}
     return statement.values({column.name: sa.bindparam(column.name) for column in table.columns}).on_conflict_do_update(
-        index_elements=list(table.primary_key.columns), set_=rest
+        index_elements=list(table.primary_key.columns), set_=rest, where=where
     )

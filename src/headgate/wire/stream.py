@@ -11,12 +11,15 @@ import enum
 import msgspec
 
 from headgate.wire import sse
-from headgate.wire.usage import NO_USAGE, Usage, decode_usage, join_usage
+from headgate.wire.usage import NO_USAGE, Usage, UsageError, decode_usage, join_usage
 
 _DELTA = b"event: content_block_delta\ndata: {"
 _DELTA_DATA_AT = len(_DELTA) - 1
 
 _json = msgspec.json.Decoder(msgspec.Raw)
+
+# What msgspec raises for bytes that are not the JSON asked for: the last two are no MsgspecError.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Kind(enum.Enum):
@@ -178,7 +181,7 @@ class StreamFold:
             # follow in the block have the same frame.
             try:
                 delta = _content_delta.decode(data).delta
-            except msgspec.MsgspecError as error:
+            except _UNREADABLE as error:
                 raise MalformedStream(f"content_block_delta: {error}") from None
             self._delta_overhead = len(data) - len((delta.text or delta.thinking or delta.partial_json).encode())
         self.output_bytes += max(len(data) - self._delta_overhead, 0)
@@ -191,7 +194,7 @@ class StreamFold:
         try:
             message = _message_start.decode(data).message
             self.usage = decode_usage(bytes(message.usage))
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (*_UNREADABLE, UsageError) as error:
             raise MalformedStream(f"message_start: {error}") from None
         self.started = True
         self.message_id = message.id
@@ -203,7 +206,7 @@ class StreamFold:
         try:
             event = _message_delta.decode(data)
             self.usage = join_usage(self.usage, bytes(event.usage))
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (*_UNREADABLE, UsageError) as error:
             raise MalformedStream(f"message_delta: {error}") from None
         self.usage_final = True
         if event.delta.stop_reason:
@@ -213,7 +216,7 @@ class StreamFold:
     def _error(self, data: bytes) -> Kind:
         try:
             error = _error_event.decode(data).error
-        except msgspec.MsgspecError as problem:
+        except _UNREADABLE as problem:
             raise MalformedStream(f"error event: {problem}") from None
         self.error_data = data
         self.error_type = error.type
@@ -231,5 +234,5 @@ class StreamFold:
             _json.decode(data)
             if not data.isascii():
                 data.decode()
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        except _UNREADABLE as error:
             raise MalformedStream(f"an event is not JSON: {error}") from None
