@@ -16,4 +16,4 @@ def test_an_unchanged_sdk_program_works_by_its_base_url_and_key(stack):
     (call,) = gateway.calls(1)
     assert (call["outcome"], call["state"], call["status"]) == ("completed", "settled", 200)
     assert (call["input_tokens"], call["output_tokens"]) == (message.usage.input_tokens, message.usage.output_tokens)
-    assert call["cost_nanousd"] == simulator.bill()["total_nanousd"]
+    assert call["cost_nanousd"] == simulator.bill()["total"]["cost_nanousd"]
