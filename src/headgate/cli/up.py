@@ -120,8 +120,9 @@ def _start(programs: list[Program], settings: Settings, *, simulator_port: int |
             "ANTHROPIC_API_KEY": "sk-ant-simulator",  # the simulator takes any
         }
     programs.append(Program("gateway", ["gateway"], **environment))
-    host, port = host_port(settings.listen)
-    programs[-1].wait_until_ready(host=reachable(host), port=port, path="/readyz")
+    for listen in (settings.listen, settings.operator_listen):
+        host, port = host_port(listen)
+        programs[-1].wait_until_ready(host=reachable(host), port=port, path="/readyz")
 
 
 def _stop(programs: Sequence[Program]) -> None:
