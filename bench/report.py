@@ -2,8 +2,9 @@
 
     python bench/report.py [--results bench/results.json] [--page bench/RESULTS.md]
 
-A cell is the median of the repeats, its range in brackets and, where it means something, its ratio to nginx: the median
-of the ratios within each repeat, because what disturbs the machine disturbs both.
+A cell is the median of the repeats (of streams left behind, the most), its range in brackets and, where it means
+something, its ratio to nginx: the median of the ratios within each repeat, because what disturbs the machine disturbs
+both.
 """
 
 import argparse
@@ -46,6 +47,8 @@ class Row:
     bar_value: float | None = None
     """The most that Headgate may have."""
     ratio: bool = False
+    worst: bool = False
+    """The highest of the repeats is what counts, not the median."""
 
 
 def plain(record: str, key: str) -> Callable[[str, dict[str, Repeats]], Cell]:
@@ -135,7 +138,7 @@ ROWS = (
     Row("added latency p50 at 100/s, ms", added(100, "p50_ms"), digits=2),
     Row("added latency p99 at 100/s, ms", added(100, "p99_ms"), digits=2),
     Row("added latency p50 at 10/s, ms", added(10, "p50_ms"), digits=2),
-    Row("upstream streams left 1 s after 200 clients leave", left, digits=0, bar="0", bar_value=0),
+    Row("upstream streams left 1 s after 200 clients leave", left, 0, "0", 0, worst=True),
     Row("start to ready, s", plain("start", "ready_s"), digits=2, bar="≤ 1.5", bar_value=1.5),
     Row("resident memory idle, MB", plain("start", "idle_rss_mb"), bar="≤ 90", bar_value=90),
 )
@@ -150,8 +153,8 @@ def render(row: Row, gateway: str, results: dict[str, Repeats]) -> str:
     cell = row.figure(gateway, results)
     if not cell.known:
         return cell.remark or "–"
-    middle = median(cell.known)
-    text = f"{middle:,.{row.digits}f}"
+    figure = max(cell.known) if row.worst else median(cell.known)
+    text = f"{figure:,.{row.digits}f}"
     if len(cell.known) > 1:
         text += f" ({min(cell.known):,.{row.digits}f}…{max(cell.known):,.{row.digits}f})"
     if row.ratio and gateway not in (BASE, "direct") and BASE in results:
@@ -161,7 +164,7 @@ def render(row: Row, gateway: str, results: dict[str, Repeats]) -> str:
     if cell.remark:
         text += f", {cell.remark}"
     if gateway == "headgate" and row.bar_value is not None:
-        text = f"**{text}** " + ("✓" if middle <= row.bar_value else "✗ above the bar")
+        text = f"**{text}** " + ("✓" if figure <= row.bar_value else "✗ above the bar")
     return text
 
 

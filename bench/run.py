@@ -7,6 +7,7 @@ python bench/report.py
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 def main(argv: Sequence[str]) -> int:
     options = arguments(argv)
+    # So that a terminated run, too, stops the gateways that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         figures = run(options)
     except (BenchError, subprocess.CalledProcessError) as e:
