@@ -23,7 +23,7 @@ USAGES = st.builds(Usage, input_tokens=st.integers(1, 9_999), cache_read_tokens=
 
 
 class Database:
-    """The two tables, as dictionaries of rows by primary key; a Fold in front of them."""
+    """The two tables, as dictionaries that keep `LedgerTables`' rule for a row there is; a Fold in front of them."""
 
     def __init__(self):
         self.calls = {}
@@ -39,8 +39,12 @@ class Database:
     def apply(self, events):
         self.fold.apply(events, WRITER)
         call_rows, attempt_rows = self.fold.changed()
-        self.calls.update({row[0]: row for row in call_rows})
-        self.attempts.update({row[:2]: row for row in attempt_rows})
+        for row in call_rows:
+            if row[0] not in self.calls or self.call(row[0])["state"] == "open":
+                self.calls[row[0]] = row
+        for row in attempt_rows:
+            if row[:2] not in self.attempts or self.attempt(*row[:2])["state"] == "open":
+                self.attempts[row[:2]] = row
         self.writes += len(call_rows) + len(attempt_rows)
         self.fold.committed()
 

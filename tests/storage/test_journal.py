@@ -67,7 +67,7 @@ def open_until_refused(journal: Journal, call: Callable[..., Any], *, first: int
         try:
             journal.write(call(first + count).opening())
         except LedgerUnavailable as error:
-            assert "No space left" in str(error)
+            assert "No space left" in str(error)  # noqa: PT017
             return count
     raise AssertionError("a full disk takes calls")
 

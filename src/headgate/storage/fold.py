@@ -9,6 +9,7 @@ ignored, and in the tables a row that is not open is never written again. So a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -32,12 +33,13 @@ Price = Callable[[Usage, str, int], tuple[int, int, str]]
 PROCESS_LOST = "process_lost"
 """The error code of what a process left open when it died."""
 
+_number = attrgetter("number")
 _encode_usage = msgspec.json.Encoder().encode
 _decode_usage = msgspec.json.Decoder(Usage).decode
 
 
 class AttemptRow(msgspec.Struct, gc=False):
-    """A row of `attempts`, still changing. The fields after `call_id` are its columns, in their order."""
+    """A row of `attempts`, still changing."""
 
     number: int
     model: str = ""
@@ -52,6 +54,8 @@ class AttemptRow(msgspec.Struct, gc=False):
     price_id: str = ""
     cost_nanousd: int = 0
     saved_nanousd: int = 0
+    changed: bool = False
+    """It is not written as it is now."""
 
     def values(self, call_id: str) -> tuple[Any, ...]:  # Any: what a database driver takes
         """The row, in the order of the table's columns."""
@@ -95,32 +99,40 @@ class CallRow(msgspec.Struct, gc=False):
     queue_ms: int = 0
     first_byte_ms: int | None = None
     total_ms: int = 0
-    attempts: dict[int, AttemptRow] = {}
-    changed: set[int] = set()
-    """Numbers of the attempts that are not written as they are now."""
+    attempts: list[AttemptRow] = []
+    """By number."""
 
     def attempt(self, number: int) -> AttemptRow:
         """The attempt of this number, made if it is new, marked as changed."""
-        self.changed.add(number)
-        row = self.attempts.get(number)
-        if row is None:
-            row = self.attempts[number] = AttemptRow(number)
+        for row in self.attempts:
+            if row.number == number:
+                row.changed = True
+                return row
+        row = AttemptRow(number, changed=True)
+        self.attempts.append(row)
+        self.attempts.sort(key=_number)
         return row
 
     @property
     def state(self) -> AttemptState:
         """`open` until the call is closed and all its attempts are; `estimated` when any part of the bill is."""
-        states = {attempt.state for attempt in self.attempts.values()}
-        if self.outcome is None or "open" in states:
+        if self.outcome is None:
             return "open"
-        if "estimated" in states:
-            return "estimated"
-        return "settled" if "settled" in states else "void"
+        state: AttemptState = "void"
+        for attempt in self.attempts:
+            if attempt.state == "open":
+                return "open"
+            if state == "void" or attempt.state == "estimated":
+                state = attempt.state
+        return state
 
     def values(self) -> tuple[Any, ...]:  # Any: what a database driver takes
         """The row, in the order of the table's columns. Tokens are those of the last attempt, money that of all."""
-        attempts = self.attempts
-        usage = attempts[max(attempts)].usage if attempts else NO_USAGE
+        usage = self.attempts[-1].usage if self.attempts else NO_USAGE
+        cost_nanousd = saved_nanousd = 0
+        for attempt in self.attempts:
+            cost_nanousd += attempt.cost_nanousd
+            saved_nanousd += attempt.saved_nanousd
         return (
             self.call_id,
             self.at_ns,
@@ -144,8 +156,8 @@ class CallRow(msgspec.Struct, gc=False):
             usage.cache_write_5m_tokens,
             usage.cache_write_1h_tokens,
             usage.output_tokens,
-            sum(attempt.cost_nanousd for attempt in attempts.values()),
-            sum(attempt.saved_nanousd for attempt in attempts.values()),
+            cost_nanousd,
+            saved_nanousd,
             self.queue_ms,
             self.first_byte_ms,
             self.total_ms,
@@ -157,9 +169,9 @@ def call_from_columns(call: Mapping[str, Any], tried: Iterable[Mapping[str, Any]
     row = CallRow(**{name: call[name] for name in CallRow.__struct_fields__ if name in call})
     row.streamed = bool(row.streamed)
     for attempt in tried:
-        fields = {name: attempt[name] for name in AttemptRow.__struct_fields__}
-        fields["usage"] = decode_usage(fields["usage"])
-        row.attempts[attempt["number"]] = AttemptRow(**fields)
+        fields = {name: attempt[name] for name in AttemptRow.__struct_fields__ if name in attempt}
+        row.attempts.append(AttemptRow(**{**fields, "usage": decode_usage(fields["usage"])}))
+    row.attempts.sort(key=_number)
     return row
 
 
@@ -175,7 +187,7 @@ def ending_of_orphan(call: CallRow, price: Price) -> tuple[LedgerEvent, ...]:
     up to the last progress. It is an estimate either way, and never nothing.
     """
     events: list[LedgerEvent] = []
-    for attempt in call.attempts.values():
+    for attempt in call.attempts:
         if attempt.state != "open":
             continue
         usage = attempt.usage
@@ -196,7 +208,7 @@ def ending_of_orphan(call: CallRow, price: Price) -> tuple[LedgerEvent, ...]:
             )
         )
     if call.outcome is None:
-        last = call.attempts[max(call.attempts)] if call.attempts else AttemptRow(0, call.model_asked, "void")
+        last = call.attempts[-1] if call.attempts else AttemptRow(0, call.model_asked, "void")
         answered = last.state == "settled"
         outcome: OutcomeKind = "completed" if answered else "cut" if last.usage.prompt_tokens else "failed"
         events.append(
@@ -245,14 +257,18 @@ class Fold:
         """Rows of `calls` and of `attempts` that differ from what was last committed."""
         calls = [call.values() for call in self._touched.values()]
         attempts = [
-            call.attempts[number].values(call.call_id) for call in self._touched.values() for number in call.changed
+            attempt.values(call.call_id)
+            for call in self._touched.values()
+            for attempt in call.attempts
+            if attempt.changed
         ]
         return calls, attempts
 
     def committed(self) -> None:
         """What `changed` gave is in the database."""
         for call in self._touched.values():
-            call.changed.clear()
+            for attempt in call.attempts:
+                attempt.changed = False
         self._touched.clear()
 
     def _unknown(self, event: LedgerEvent, writer: str) -> CallRow:
