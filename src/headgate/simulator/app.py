@@ -4,13 +4,17 @@ traceback.
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from headgate.simulator.batch_routes import BatchRoutes
+from headgate.simulator.bill import Line
 from headgate.simulator.control import Control
 from headgate.simulator.errors import ApiError, Rejected, default_error
 from headgate.simulator.http import Reply, Request
+from headgate.simulator.jsonvalue import JsonObject
 from headgate.simulator.listing import list_models, model_info, parameters
 from headgate.simulator.messages import Call, count_tokens, create_message, scope_headers, send_error, send_json
+from headgate.simulator.reports import cost_report, usage_report
 from headgate.simulator.validate import check_version
 from headgate.simulator.world import World
 
@@ -24,7 +28,8 @@ class App:
 
     def __init__(self, world: World, refuse: Callable[[float], None]) -> None:
         self._world = world
-        self._control = Control(world, refuse)
+        self._batches = BatchRoutes(world)
+        self._control = Control(world, self._batches.batches.clear, refuse)
 
     def serve(self, request: Request, reply: Reply) -> None:
         """Answers one request, now or later."""
@@ -51,6 +56,12 @@ class App:
                 create_message(call)
             case "POST", ["v1", "messages", "count_tokens"]:
                 count_tokens(call)
+            case _, ["v1", "messages", "batches", *rest]:
+                self._batches.serve(call, rest)
+            case "GET", ["v1", "organizations", "usage_report", "messages"]:
+                _report(call, usage_report)
+            case "GET", ["v1", "organizations", "cost_report"]:
+                _report(call, cost_report)
             case "GET", ["v1", "models"]:
                 _models(call, None)
             case "GET", ["v1", "models", name]:
@@ -61,6 +72,18 @@ class App:
                 send_error(call, ApiError(405, "Method Not Allowed"))
             case _:
                 send_error(call, default_error(404))
+
+
+def _report(call: Call, report: Callable[[Iterable[Line], Mapping[str, Sequence[str]], str], JsonObject]) -> None:
+    world, request = call.world, call.request
+    try:
+        check_version(request.header("anthropic-version"))
+        scope = world.keys.identify(request)
+        body = report(world.bill.lines, parameters(request.query), scope.organization)
+    except Rejected as rejected:
+        send_error(call, rejected.error)
+        return
+    send_json(call, body, scope_headers(scope))
 
 
 def _models(call: Call, name: str | None) -> None:

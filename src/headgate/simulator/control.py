@@ -27,9 +27,10 @@ class ResetOrder(msgspec.Struct, forbid_unknown_fields=True):
 class Control:
     """The backstage of one simulator."""
 
-    def __init__(self, world: World, refuse: Callable[[float], None]) -> None:
+    def __init__(self, world: World, clear_batches: Callable[[], None], refuse: Callable[[float], None]) -> None:
         """`refuse(seconds)` closes the listening port for a while."""
         self._world = world
+        self._clear_batches = clear_batches
         self._refuse = refuse
 
     def serve(self, request: Request, reply: Reply) -> None:
@@ -76,6 +77,7 @@ class Control:
             case "POST", ["reset"]:
                 order = _decoded(request.body or b"{}", ResetOrder)
                 world.reset(order.seed)
+                self._clear_batches()
                 _json(reply, {"seed": world.seed})
             case _:
                 raise Rejected(default_error(404))

@@ -5,6 +5,8 @@ from http import HTTPStatus
 
 import msgspec
 
+from headgate.simulator.jsonvalue import JsonObject
+
 ERROR_TYPES: dict[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -56,15 +58,19 @@ class ApiError:
         """`error.type` of the envelope."""
         return self.type or ERROR_TYPES.get(self.status, "api_error")
 
-    def body(self, request_id: str | None) -> bytes:
-        """The JSON envelope. An event in a stream has no request id: pass None."""
-        error: dict[str, object] = {"type": self.error_type, "message": self.message}
+    def envelope(self, request_id: str | None) -> JsonObject:
+        """The envelope. An event in a stream has no request id: pass None."""
+        error: JsonObject = {"type": self.error_type, "message": self.message}
         if self.error_code is not None:
             error["details"] = {"error_code": self.error_code}
-        envelope: dict[str, object] = {"type": "error", "error": error}
+        envelope: JsonObject = {"type": "error", "error": error}
         if request_id is not None:
             envelope["request_id"] = request_id
-        return msgspec.json.encode(envelope)
+        return envelope
+
+    def body(self, request_id: str | None) -> bytes:
+        """The envelope as JSON."""
+        return msgspec.json.encode(self.envelope(request_id))
 
 
 def invalid(message: str, error_code: str | None = None) -> ApiError:

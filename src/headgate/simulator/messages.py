@@ -165,6 +165,18 @@ def send_json(call: Call, value: object, headers: Headers, status: int = 200) ->
     exchange.bytes_sent = call.reply.bytes_sent
 
 
+def send_lines(call: Call, lines: bytes, headers: Headers) -> None:
+    """Answers with JSON lines and closes the record."""
+    exchange = call.exchange
+    exchange.status = 200
+    exchange.head_s = exchange.ended_s = call.world.clock()
+    exchange.end = "complete"
+    call.reply.whole(
+        200, [("content-type", "application/x-jsonl"), ("request-id", exchange.request_id), *headers], lines
+    )
+    exchange.bytes_sent = call.reply.bytes_sent
+
+
 def create_message(call: Call) -> None:
     """POST /v1/messages."""
     world, request, exchange = call.world, call.request, call.exchange
