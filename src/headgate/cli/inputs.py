@@ -1,39 +1,29 @@
-"""What people type for a span of time, a moment or a sum of money, made into the numbers we count with."""
+"""What people type on the command line, made into the numbers we count with; a complaint names the form that is meant."""
 
 import re
-from datetime import UTC, datetime
 from decimal import Decimal
 
 import typer
 
-NS_PER_S = 1_000_000_000
+from headgate.storage import moments
+
 NANOUSD_PER_USD = 1_000_000_000
-SPAN_S_MAX = 100 * 365 * 86_400
-YEAR_MAX = 2261
-"""Nanoseconds since 1970 fit into 64 bits up to here."""
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-def span_s(text: str) -> int:
-    """Seconds of `90s`, `30m`, `24h`, `30d`, `2w`; a century at most. Raises typer.BadParameter."""
-    match = re.fullmatch(r"([0-9]{1,10})([smhdw])", text)
-    if match is None or int(match[1]) * _SECONDS[match[2]] > SPAN_S_MAX:
-        raise typer.BadParameter(f"{text!r} is no span of time; write 30m, 24h, 30d or 2w")
-    return int(match[1]) * _SECONDS[match[2]]
+def span_ns(text: str) -> int:
+    """Nanoseconds of `30m`, `24h`, `30d`. Raises typer.BadParameter."""
+    try:
+        return moments.span_s(text) * moments.NS_PER_S
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def moment_ns(text: str, *, now_ns: int) -> int:
-    """UTC nanoseconds of a date, a time (RFC 3339) or a span that lies back from now. Raises typer.BadParameter."""
-    if re.fullmatch(r"[0-9]+[smhdw]", text):
-        return now_ns - span_s(text) * NS_PER_S
+    """UTC nanoseconds of a date, a time or a span back from now. Raises typer.BadParameter."""
     try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = None
-    if moment is None or moment.year > YEAR_MAX:
-        raise typer.BadParameter(f"{text!r} is no time; write 24h, 7d, 2026-11-24 or 2026-11-24T08:00:00Z")
-    # A time without a zone is UTC, as every time in the ledger is.
-    return int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * NS_PER_S
+        return moments.moment_ns(text, now_ns=now_ns)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def nanousd(text: str) -> int:

@@ -52,7 +52,7 @@ def create(
             budget_day_nanousd=None if budget_usd_day is None else inputs.nanousd(budget_usd_day),
             budget_month_nanousd=None if budget_usd_month is None else inputs.nanousd(budget_usd_month),
             models=tuple(model.strip() for model in models.split(",")) if models else (),
-            expires_at_ns=None if expires is None else now_ns + inputs.span_s(expires) * inputs.NS_PER_S,
+            expires_at_ns=None if expires is None else now_ns + inputs.span_ns(expires),
         )
     _print_issued(issued, as_json=as_json)
 
@@ -107,7 +107,7 @@ def rotate(
 ) -> None:
     """Give a key a new secret and print it; id, limits and history stay."""
     with _keys() as store:
-        issued = store.rotate(key_id, overlap_s=inputs.span_s(overlap))
+        issued = store.rotate(key_id, overlap_s=inputs.span_ns(overlap) / 1e9)
     _print_issued(issued, as_json=as_json)
 
 
