@@ -114,7 +114,7 @@ def markable(block: JsonObject) -> bool:
     """Whether a breakpoint may sit on the block."""
     if block.get("type") == "text":
         return bool(text_in(block.get("text")))
-    return block.get("type") not in UNMARKABLE
+    return text_in(block.get("type")) not in UNMARKABLE
 
 
 def _mark_last(blocks: list[Block], body: JsonObject, ttl: Ttl) -> None:
@@ -168,7 +168,7 @@ def conversation_hash(body: JsonObject, message_count: int) -> bytes:
     for message in list_in(body.get("messages"))[:message_count]:
         rolling.update(b"role:" + text_in(object_in(message).get("role")).encode())
         for block in content_blocks(object_in(message).get("content")):
-            if block.get("type") not in UNMARKABLE:
+            if text_in(block.get("type")) not in UNMARKABLE:
                 rolling.update(canonical(block))
     return rolling.digest()
 

@@ -535,7 +535,7 @@ def _check_content(message: JsonObject, where: str, role: str, version: str, *, 
         kind = block.get("type")
         if kind is None:
             raise Rejected(invalid(f"{at}.type: Field required"))
-        if kind not in BLOCKS_OF[role]:
+        if text_in(kind) not in BLOCKS_OF[role]:
             raise Rejected(
                 invalid(f"{at}: Input tag '{kind}' found using 'type' does not match any of the expected tags")
             )
