@@ -38,7 +38,9 @@ def test_a_moment_is_a_span_back_from_now_or_a_time_in_utc_unless_it_says_otherw
     assert moment_ns(text, now_ns=NOW_NS) == int(moment.timestamp()) * 10**9
 
 
-@pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01", "12:00", "9999-01-01", "0001-01-01T00:00:00+14:00"])
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "2026-13-01", "12:00", "9999-01-01", "1677-01-01", "0001-01-01T00:00:00+14:00"]
+)
 def test_anything_else_is_no_moment(text: str) -> None:
     with pytest.raises(ValueError, match="2026-11-24"):
         moment_ns(text, now_ns=NOW_NS)

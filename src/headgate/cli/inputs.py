@@ -1,4 +1,4 @@
-"""What people type on the command line, made into the numbers we count with; a complaint names the form that is meant."""
+"""What people type on the command line, made into the numbers we count with; complaints name the form that is meant."""
 
 import re
 from decimal import Decimal
