@@ -194,7 +194,9 @@ class LocalLedger:
     def _end(self, orphans: list[CallRow]) -> None:
         for call in orphans:
             self._journal.write(ending_of_orphan(call, self._price))
-            _log.warning("ledger_orphan_closed", call_id=call.call_id, writer=call.writer)
+        if orphans:
+            writers = sorted({call.writer for call in orphans})
+            _log.warning("ledger_orphans_closed", calls=len(orphans), writers=writers)
 
     def _fold_own(self) -> None:
         try:
