@@ -30,10 +30,18 @@ def create(
         list[str] | None,
         typer.Option(help="messages (default), app, batch, admin:read or admin:write; repeatable."),
     ] = None,
-    tier: Annotated[str, typer.Option(help="Whose limits hold: free or paid.")] = "free",
-    rpm: Annotated[int | None, typer.Option(help="Requests a minute, instead of the tier's.")] = None,
-    budget_usd_day: Annotated[str | None, typer.Option(metavar="USD", help="Spend at most this a day.")] = None,
-    budget_usd_month: Annotated[str | None, typer.Option(metavar="USD", help="Spend at most this a month.")] = None,
+    tier: Annotated[
+        str, typer.Option(help="Whose limits are to hold: free or paid (kept; not enforced yet).")
+    ] = "free",
+    rpm: Annotated[
+        int | None, typer.Option(help="Requests a minute, instead of the tier's (kept; not enforced yet).")
+    ] = None,
+    budget_usd_day: Annotated[
+        str | None, typer.Option(metavar="USD", help="Spend at most this a day (kept; not enforced yet).")
+    ] = None,
+    budget_usd_month: Annotated[
+        str | None, typer.Option(metavar="USD", help="Spend at most this a month (kept; not enforced yet).")
+    ] = None,
     models: Annotated[str, typer.Option(metavar="A,B", help="Only these models; all, when left out.")] = "",
     expires: Annotated[
         str | None, typer.Option(metavar="30d", help="Valid for this long; for good, if left out.")
