@@ -212,9 +212,9 @@ def test_nothing_of_a_machine_or_an_index_is_in_the_repository() -> None:
 def test_lock_files_hold_versions_and_hashes_and_no_address() -> None:
     allowed = re.compile(r"^[a-z0-9-]+==\S+(?: ; [^\\]+)? \\$|^    --hash=sha256:[0-9a-f]{64}(?: \\)?$")
     broken = [
-        f"{name}: {line}"
-        for name in ("requirements.lock", "requirements-dev.lock")
-        for line in (ROOT / name).read_text().splitlines()
+        f"{lock.name}: {line}"
+        for lock in ROOT.glob("requirements*.lock")
+        for line in lock.read_text().splitlines()
         if not allowed.match(line)
     ]
     assert broken == []
