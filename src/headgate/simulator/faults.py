@@ -76,7 +76,7 @@ class Fault:
 
     kind: str
     model: str | None = None
-    """Only requests for this model (id as the request wrote it or its dated form); None for any."""
+    """Only requests for this model, by its id or an alias; None for any."""
     path: str = MESSAGES_PATH
     """Only requests to this path."""
     retry_after: str | None = None

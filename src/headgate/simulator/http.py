@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
     @property
     def mid_request(self) -> bool:
         """Whether part of a request has come."""
-        return bool(self._head_bytes)
+        return self._begun
 
     # ---- asyncio.Protocol
 
@@ -168,10 +168,14 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
+        except (httptools.HttpParserUpgrade, httptools.HttpParserError):
             self._refuse()
-        except httptools.HttpParserError:
-            self._refuse()
+            return
+        if self._begun and not self._head_complete:
+            # The parser hands a header over when it is whole, and would collect an endless one for ever.
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX:
+                self._refuse()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (asyncio calls it)
         self._closing = True
@@ -191,15 +195,18 @@ class Connection(asyncio.Protocol):
 
     # ---- httptools
 
+    def on_message_begin(self) -> None:
+        self._begun = True
+        self.since_s = self._clock()
+
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name.decode("latin-1"), value.decode("latin-1")))
-        self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
+        self._head_complete = True
         self._limit = BATCH_BODY_BYTES_MAX if self._url.partition(b"?")[0] == BATCHES_PATH.encode() else BODY_BYTES_MAX
         if any(name.lower() == "expect" and value.lower() == "100-continue" for name, value in self._headers):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -271,14 +278,9 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._size = 0
         self._limit = BODY_BYTES_MAX
+        self._begun = False
+        self._head_complete = False
         self._head_bytes = 0
-
-    def _count(self, size: int) -> None:
-        if not self._head_bytes:
-            self.since_s = self._clock()
-        self._head_bytes += size
-        if self._head_bytes > HEAD_BYTES_MAX:
-            raise httptools.HttpParserError("request head too large")
 
     def _next(self) -> None:
         if self._reply is None and self._waiting:

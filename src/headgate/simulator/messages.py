@@ -21,7 +21,7 @@ from headgate.simulator.events import Rate, duration_s, frames, message_json
 from headgate.simulator.faults import Fault
 from headgate.simulator.generate import Answer, compose
 from headgate.simulator.http import BODY_BYTES_MAX, Reply, Request
-from headgate.simulator.jsonvalue import object_in, text_in
+from headgate.simulator.jsonvalue import object_in
 from headgate.simulator.playback import Ending, Playback
 from headgate.simulator.prompt import Prompt, build_prompt
 from headgate.simulator.records import Exchange
@@ -145,7 +145,7 @@ def count_tokens(call: Call) -> None:
         limited = world.limiter.admit_single(scope, "count_tokens", world.clock())
         if limited is not None:
             raise Rejected(limited)
-        fault = world.faults.pick(request.path, (text_in(body.get("model")), ask.model.id), world.dice.random())
+        fault = world.faults.pick(request.path, ask.model.names, world.dice.random())
         if fault is not None and fault_before_answer(call, fault, headers):
             return
     except Rejected as rejected:
@@ -209,9 +209,7 @@ def create_message(call: Call) -> None:
         if limited is not None:
             raise Rejected(limited)
         directive = directive_of(body, request.header("x-sim"))
-        fault = _directed_fault(directive) or world.faults.pick(
-            request.path, (text_in(body.get("model")), model.id), world.dice.random()
-        )
+        fault = _directed_fault(directive) or world.faults.pick(request.path, model.names, world.dice.random())
         if fault is not None and fault_before_answer(call, fault, headers, streamed=ask.stream):
             world.limiter.refund_input(scope, model, counted, now_s)
             return

@@ -81,6 +81,11 @@ class Model:
     prices: tuple[Price, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Every name a request may use for it."""
+        return (self.id, *self.aliases)
+
+    @property
     def fast(self) -> bool:
         """Whether the model has ever had a fast mode."""
         return any(price.speed == "fast" for price in self.prices)
@@ -101,7 +106,7 @@ class Catalogue:
     def __init__(self, models: tuple[Model, ...], modifiers: Modifiers) -> None:
         self.models = models
         self.modifiers = modifiers
-        self._by_name = {name: model for model in models for name in (model.id, *model.aliases)}
+        self._by_name = {name: model for model in models for name in model.names}
 
     def find(self, name: str) -> Model | None:
         """The model of that id or alias, retired ones included; None if there is none."""
