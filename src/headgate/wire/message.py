@@ -11,6 +11,8 @@ nesting of at most 200, and one value for each top-level key.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import msgspec
 
 DEPTH_MAX = 200
@@ -19,7 +21,6 @@ DEPTH_MAX = 200
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 _string = msgspec.json.Decoder(str)
-_any = msgspec.json.Decoder()
 
 _QUOTE, _COLON, _COMMA, _CLOSE_OBJECT, _CLOSE_ARRAY = b'":,}]'
 _WHITESPACE = frozenset(b" \t\n\r")
@@ -27,7 +28,9 @@ _TOKENS = {
     key: b'"%b"' % key.encode()
     for key in ("model", "max_tokens", "messages", "system", "tools", "stream", "metadata", "thinking", "tool_choice")
 }
-_NOT_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"\\')
+_LEVELS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NOT_LEVELS = bytes(c for c in range(256) if c not in b'[]{}"')
+_PEELS = 12
 
 
 class InvalidBody(ValueError):
@@ -54,23 +57,28 @@ class Splice(msgspec.Struct, frozen=True, gc=False):
 
 
 class MessageRequest:
-    """The scanned body of `/v1/messages` or `count_tokens`.
+    """The scanned body of `/v1/messages` or `count_tokens`."""
 
-    `fields` maps every top-level key to the span of its value, in the order of the body.
-    """
+    __slots__ = ("_raws", "_spans", "body", "chars")
 
-    __slots__ = ("body", "chars", "fields")
-
-    def __init__(self, body: bytes, fields: dict[str, Span], chars: int) -> None:
+    def __init__(self, body: bytes, raws: dict[str, msgspec.Raw], spans: dict[str, Span] | None, chars: int) -> None:
+        self._raws = raws
+        self._spans = spans
         self.body = body
-        self.fields = fields
         self.chars = chars
-        """Characters of the body (not bytes)."""
+        """Characters of the body (not bytes); an escape counts as it is written."""
+
+    @property
+    def fields(self) -> dict[str, Span]:
+        """Every top-level key with the span of its value, in the order of the body."""
+        if self._spans is None:
+            self._spans = _walk_members(self.body, self._raws, self.body.index(b"{"))
+        return self._spans
 
     def raw(self, name: str) -> bytes | None:
         """The bytes of a top-level value, None when the key is absent."""
-        span = self.fields.get(name)
-        return None if span is None else self.body[span.start : span.end]
+        raw = self._raws.get(name)
+        return None if raw is None else bytes(raw)
 
     @property
     def model(self) -> str:
@@ -104,13 +112,13 @@ class MessageRequest:
         raw = self.raw("metadata")
         if raw is None or raw[:1] != b"{":
             return ""
-        user_id = _any.decode(raw).get("user_id")
-        return user_id if isinstance(user_id, str) else ""
+        user_id = bytes(_object.decode(raw).get("user_id", b""))
+        return _string.decode(user_id) if user_id[:1] == b'"' else ""
 
     @property
     def uses_server_state(self) -> bool:
         """True for requests whose state lives at Anthropic and must not be sent anywhere else (design §6)."""
-        return any(name in self.fields for name in ("thread", "previous_message_id", "container"))
+        return any(name in self._raws for name in ("thread", "previous_message_id", "container"))
 
     @property
     def cache_marks(self) -> int:
@@ -139,8 +147,11 @@ def scan(body: bytes) -> MessageRequest:
         raise InvalidBody("The request body must be a JSON object.") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidBody(f"The request body is not valid JSON: {_reason(error)}") from None
-    start = 0 if body[0] == 0x7B else body.index(b"{")
-    return MessageRequest(body, _walk_members(body, raws, start), chars)
+    # A second value for a key is dropped by the decoder, so the lengths tell: a compact body is as long as what was
+    # decoded, and any other one is walked key by key.
+    compact = sum(map(len, raws)) + sum(map(len, raws.values())) + 4 * len(raws) + 1
+    spans = None if len(body) == compact and raws else _walk_members(body, raws, body.index(b"{"))
+    return MessageRequest(body, raws, spans, chars)
 
 
 def members(body: bytes, span: Span) -> dict[str, Span]:
@@ -244,20 +255,18 @@ def _duplicate(key: str) -> InvalidBody:
 
 
 def _deeper_than(body: bytes, depth_max: int) -> bool:
-    """Whether brackets outside of strings nest deeper than `depth_max`: inner pairs are peeled off in layers."""
-    structure = _without_strings(body.translate(None, _NOT_STRUCTURE))
-    for _ in range(depth_max):
-        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
-        if not structure:
-            return False
-    return True
+    """Whether brackets outside of strings nest deeper than `depth_max`. What is no JSON is left to the decoder.
 
-
-def _without_strings(structure: bytes) -> bytes:
-    """Brackets only: what stands between two quotes is dropped. Broken strings are dropped to the end."""
-    if b"\\" in structure:
-        structure = structure.replace(b"\\\\", b"").replace(b'\\"', b"").replace(b"\\", b"")
-    return b"".join(structure.split(b'"')[::2])
+    As many levels as requests have are peeled off whole, innermost pairs first; what is left, which is little or the
+    work of an attacker, is walked (32 MB of brackets take two seconds, and peeled to the end several times that).
+    """
+    if b"\\" in body:
+        # First of all: without its letters, the escape of a line feed would swallow the quote that follows it.
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    levels = b"".join(body.translate(_LEVELS, _NOT_LEVELS).split(b'"')[::2])
+    for _ in range(_PEELS):
+        levels = levels.replace(b"\x01\xff", b"")
+    return max(accumulate(memoryview(levels).cast("b")), default=0) > depth_max - _PEELS
 
 
 def _occurrences(body: bytes, token: bytes) -> list[int]:
