@@ -6,11 +6,14 @@ What it is not: the meaning of an event (see `wire/stream.py`). Frames keep thei
 
 from __future__ import annotations
 
+import re
+
 EVENT_BYTES_MAX = 1 << 20
 BLOCK_BYTES_MAX = 32 << 20
 """A `content_block_start` may carry a whole base64 block (failure-model §2.1)."""
 
 _BLOCK_START = b"event: content_block_start"
+_LINE_END = re.compile(rb"[\r\n]")
 
 
 class EventTooLarge(ValueError):
@@ -18,12 +21,16 @@ class EventTooLarge(ValueError):
 
 
 class SseReader:
-    """Cuts a byte stream into frames. `feed` returns those that are complete; the rest waits in `pending`."""
+    """Cuts a byte stream into frames. `feed` returns those that are complete; the rest waits in `pending`.
 
-    __slots__ = ("_buffer", "_crlf", "_searched")
+    An empty line ends a frame, unless it is the frame's first: a stray one belongs to the frame that follows.
+    """
+
+    __slots__ = ("_buffer", "_crlf", "_line_at", "_searched")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._line_at = 0
         self._searched = 0
         self._crlf = False
 
@@ -42,13 +49,12 @@ class SseReader:
                 return self._feed_lf(chunk)
             # From the first CR on, the slower splitter that knows all three line ends takes over for good.
             self._crlf = True
-            self._searched = 0
         self._buffer += chunk
         frames = []
         while (end := self._next_end()) is not None:
             frames.append(bytes(self._buffer[:end]))
             del self._buffer[:end]
-            self._searched = 0
+            self._line_at = self._searched = 0
         self._check_size()
         return frames
 
@@ -72,23 +78,19 @@ class SseReader:
     def _next_end(self) -> int | None:
         """Where the first frame ends: after an empty line, with LF, CR or CRLF as line ends in any mixture."""
         buffer = self._buffer
-        at = self._searched
-        while True:
-            line_feed = buffer.find(b"\n", at)
-            carriage = buffer.find(b"\r", at, line_feed if line_feed >= 0 else len(buffer))
-            end = carriage if carriage >= 0 else line_feed
-            if end < 0:
-                return None
-            if buffer[end] == 0x0D:
-                if end + 1 == len(buffer):
-                    # Whether an LF belongs to this CR is not known yet, except that an empty line may end here too.
+        while (found := _LINE_END.search(buffer, self._searched)) is not None:
+            end = after = found.end()
+            if buffer[end - 1] == 0x0D:
+                if end == len(buffer):
+                    # Whether an LF belongs to this CR is not known yet.
+                    self._searched = end - 1
                     return None
-                after = end + 2 if buffer[end + 1] == 0x0A else end + 1
-            else:
-                after = end + 1
-            if end == at:
+                after += buffer[end] == 0x0A
+            line_at, self._line_at, self._searched = self._line_at, after, after
+            if end - 1 == line_at > 0:
                 return after
-            at = self._searched = after
+        self._searched = len(buffer)
+        return None
 
     def _check_size(self) -> None:
         size = len(self._buffer)
@@ -116,8 +118,8 @@ def parse(frame: bytes) -> tuple[bytes, bytes]:
         frame.split(b"\n") if b"\r" not in frame else frame.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     )
     for line in lines:
-        field, colon, value = line.partition(b":")
-        if not colon or not field:
+        field, _, value = line.partition(b":")
+        if not field:
             continue
         if value.startswith(b" "):
             value = value[1:]
