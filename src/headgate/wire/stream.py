@@ -95,7 +95,6 @@ class StreamFold:
     """State of one streamed answer. `take` each frame in order; read the rest at any time."""
 
     __slots__ = (
-        "_delta_overhead",
         "complete",
         "error_code",
         "error_data",
@@ -130,18 +129,14 @@ class StreamFold:
         self.error_message = ""
         self.error_data = b""
         """The error event's data as it came: the body of an error answer, should it become one."""
-        self._delta_overhead = 0
 
     def take(self, frame: bytes) -> Kind:
-        """What this frame is. Text deltas are checked to be JSON but not decoded.
+        """What this frame is.
 
         Raises MalformedStream: no JSON, a second `message_start`, content before it, or an end before it.
         """
-        if frame.startswith(_DELTA) and frame.endswith(b"}\n\n"):
-            if self.complete:
-                return Kind.AFTER_STOP
-            data = frame[_DELTA_DATA_AT:-2]
-            return self._content(data)
+        if frame.startswith(_DELTA) and frame.find(b"\n", _DELTA_DATA_AT) == len(frame) - 2:
+            return Kind.AFTER_STOP if self.complete else self._content(frame[_DELTA_DATA_AT:-2])
         event, data = sse.parse(frame)
         if self.complete:
             return Kind.AFTER_STOP
@@ -163,7 +158,6 @@ class StreamFold:
             case b"content_block_start":
                 self._must_have_started(event)
                 self._check(data)
-                self._delta_overhead = 0
                 self.saw_block = True
                 return Kind.BLOCK
             case _:
@@ -174,17 +168,20 @@ class StreamFold:
     def _content(self, data: bytes) -> Kind:
         if not self.started:
             raise MalformedStream("content came before message_start")
-        if self._delta_overhead:
+        try:
+            if not data.isascii():
+                data.decode()
+            delta = _content_delta.decode(data).delta
+        except msgspec.ValidationError:
+            # A delta of a kind that is not known here: passed on as it came, if it is JSON at all.
             self._check(data)
+        except _UNREADABLE as error:
+            raise MalformedStream(f"content_block_delta: {error}") from None
         else:
-            # The first delta of a block is decoded to learn what its frame weighs without the text; the deltas that
-            # follow in the block have the same frame.
-            try:
-                delta = _content_delta.decode(data).delta
-            except _UNREADABLE as error:
-                raise MalformedStream(f"content_block_delta: {error}") from None
-            self._delta_overhead = len(data) - len((delta.text or delta.thinking or delta.partial_json).encode())
-        self.output_bytes += max(len(data) - self._delta_overhead, 0)
+            # Decoding takes 0.15 µs more than the check alone, and what is counted is text: no signature, no
+            # citation, no escape, whose share of a frame differs from delta to delta.
+            text = delta.text or delta.thinking or delta.partial_json
+            self.output_bytes += len(text) if text.isascii() else len(text.encode())
         self.saw_content = True
         return Kind.CONTENT
 
