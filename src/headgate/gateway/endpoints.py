@@ -125,7 +125,7 @@ class Endpoints:
         if route.scope is None:
             exchange.route = _Accepted(route, None)
             return
-        if exchange.header(HOP_HEADER) == self._hop:
+        if exchange.header.get(HOP_HEADER) == self._hop:
             self._refuse(exchange, refusals.LOOP)
             return
         principal = self._authenticate(exchange)
@@ -151,7 +151,7 @@ class Endpoints:
             return
         received_at = self._pipeline.clock()
         body = exchange.body()
-        encoding = exchange.header(b"content-encoding")
+        encoding = exchange.header.get(b"content-encoding")
         if encoding is not None:
             try:
                 body = decode_body(body, encoding, bytes_max=self._body_bytes_max)
@@ -217,13 +217,13 @@ class Endpoints:
     def _base_url(self, exchange: Exchange) -> str:
         if self._public_url:
             return self._public_url
-        return "http://" + (exchange.header(b"host") or b"").decode("latin-1")
+        return "http://" + exchange.header.get(b"host", b"").decode("latin-1")
 
 
 def _presented_key(exchange: Exchange) -> bytes:
     """The virtual key, from `x-api-key` or `Authorization: Bearer`; with both, the one that looks like ours."""
-    api_key = exchange.header(b"x-api-key")
-    authorization = exchange.header(b"authorization")
+    api_key = exchange.header.get(b"x-api-key")
+    authorization = exchange.header.get(b"authorization")
     bearer = None
     if authorization is not None and authorization[:7].lower() == b"bearer ":
         bearer = authorization[7:].strip()
@@ -241,12 +241,12 @@ def _attribution(exchange: Exchange, principal: Principal, label: str) -> Attrib
         tier=_named(exchange, b"x-headgate-tier") or principal.tier,
         endpoint=_named(exchange, b"x-headgate-endpoint") or label,
         conversation=_named(exchange, b"x-headgate-conversation"),
-        deadline_s=_deadline_s(exchange.header(b"x-headgate-deadline-s")),
+        deadline_s=_deadline_s(exchange.header.get(b"x-headgate-deadline-s")),
     )
 
 
 def _named(exchange: Exchange, header: bytes) -> str:
-    value = exchange.header(header)
+    value = exchange.header.get(header)
     return "" if value is None else value.decode("utf-8", "replace")[:ATTRIBUTE_CHARS_MAX]
 
 

@@ -5,9 +5,11 @@ Pure: lines in, lines out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 Headers = Iterable[tuple[bytes, bytes]]
+
+_NAMES_MAX = 1024
 
 _FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"x-app", b"traceparent", b"tracestate", b"baggage"})
 _FORWARDED_PREFIXES = (b"anthropic-", b"x-stainless-", b"x-claude-code-")
@@ -38,27 +40,55 @@ _KEPT_BACK = frozenset(
 _KEPT_BACK_PREFIXES = (b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-fast-", b"x-headgate-")
 
 
+class _Verdicts(dict[bytes, bytes | None]):
+    """Name to what its line begins with (`name: `), or None for one that stays behind.
+
+    Clients and Anthropic send the same few names over and over; each is judged once. Bounded, since a name is chosen by
+    whoever sends it: what does not fit is judged each time.
+    """
+
+    def __init__(self, passes: Callable[[bytes], bool]) -> None:
+        super().__init__()
+        self._passes = passes
+
+    def __missing__(self, name: bytes) -> bytes | None:
+        verdict = name + b": " if self._passes(name.lower()) else None
+        if len(self) < _NAMES_MAX:
+            self[name] = verdict
+        return verdict
+
+
+def _goes_upstream(name: bytes) -> bool:
+    return name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)
+
+
+def _goes_back(name: bytes) -> bool:
+    return name not in _KEPT_BACK and not name.startswith(_KEPT_BACK_PREFIXES)
+
+
+_upstream_verdicts = _Verdicts(_goes_upstream)
+_back_verdicts = _Verdicts(_goes_back)
+
+
 def request_lines(headers: Headers) -> bytes:
     """The lines of a client's head that Anthropic gets, `name: value\\r\\n` each, names in lower case.
 
     `headers` have lower-case names. What `Connection` names is hop-by-hop by definition and stays behind.
     """
+    hop: set[bytes] = set()
     lines = []
-    hop: frozenset[bytes] = frozenset()
     for name, value in headers:
-        if name == b"connection" and value.lower() not in (b"keep-alive", b"close"):
-            hop |= {token.strip().lower() for token in value.split(b",")}
-        elif name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
-            lines.append((name, value))
-    return b"".join([b"%b: %b\r\n" % line for line in lines if line[0] not in hop])
+        begin = _upstream_verdicts[name]
+        if begin is not None:
+            lines.append(begin + value + b"\r\n")
+        elif name == b"connection" and value.lower() not in (b"keep-alive", b"close"):
+            hop.update(token.strip().lower() + b":" for token in value.split(b","))
+    if hop:
+        lines = [line for line in lines if not line.startswith(tuple(hop))]
+    return b"".join(lines)
 
 
 def response_lines(headers: Headers) -> bytes:
     """The lines of Anthropic's head that the client gets, as they were; `headers` have names in any case."""
-    return b"".join(
-        [
-            b"%b: %b\r\n" % (name, value)
-            for name, value in headers
-            if (lower := name.lower()) not in _KEPT_BACK and not lower.startswith(_KEPT_BACK_PREFIXES)
-        ]
-    )
+    verdicts = _back_verdicts
+    return b"".join([begin + value + b"\r\n" for name, value in headers if (begin := verdicts[name]) is not None])

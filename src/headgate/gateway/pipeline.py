@@ -7,6 +7,7 @@ keeps the ledger, and settles the bill. What it is not: HTTP (`server.py`, `upst
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -127,7 +128,8 @@ class Pipeline:
         """Serve one complete request to `/v1/messages`."""
         call = MessageCall(self, exchange, request, principal, whose)
         self.live[request.call_id] = call
-        self.tasks.start(call.run())
+        # `live` owns the task until its last line; `run` lets no exception out.
+        call.task = asyncio.get_running_loop().create_task(call.run())
 
     def tick(self, now: float) -> None:
         """Pings into silences, and progress into the journal."""
@@ -176,6 +178,7 @@ class MessageCall:
         "_usage",
         "_wake",
         "_whose",
+        "task",
     )
 
     def __init__(
@@ -191,6 +194,7 @@ class MessageCall:
         self._request = request
         self._principal = principal
         self._whose = whose
+        self.task: asyncio.Task[None] | None = None
         self._plan: Plan | None = None
         self._call: Call | None = None
         self._client: ClientStream | None = None
@@ -564,7 +568,7 @@ class MessageCall:
         assert call is not None
         assert plan is not None
         return b"x-headgate-model: %b\r\nx-headgate-attempts: %d\r\nx-headgate-queue-ms: 0\r\n" % (
-            plan.models[0].encode("ascii", "replace").translate(None, _CONTROL),
+            _header_value(plan.models[0]),
             call.attempts,
         )
 
@@ -802,6 +806,12 @@ class MessageCall:
 
 
 _CONTROL = bytes(range(32)) + b"\x7f"
+
+
+@functools.lru_cache(maxsize=256)
+def _header_value(text: str) -> bytes:
+    """A caller's text as it may stand in a header: one line, ASCII."""
+    return text.encode("ascii", "replace").translate(None, _CONTROL)
 
 
 def _set(future: asyncio.Future[None]) -> None:

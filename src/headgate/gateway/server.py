@@ -13,7 +13,7 @@ import asyncio
 import socket
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Protocol
 
@@ -34,6 +34,7 @@ DISCARD_BYTES_MAX = 32 << 20
 LINGER_S = 2.0
 BODY_TIMEOUT_FACTOR = 4
 
+_CHECKED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STATUS_LINES = {status: f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode() for status in HTTPStatus}
 
@@ -72,6 +73,7 @@ class Exchange:
         "complete",
         "expects_continue",
         "finished",
+        "header",
         "headers",
         "http_1_0",
         "keep_alive",
@@ -97,6 +99,8 @@ class Exchange:
         self.method = b""
         self.headers: list[tuple[bytes, bytes]] = []
         """Names in lower case, in the order they came."""
+        self.header: Mapping[bytes, bytes] = {}
+        """The same by name, once the head is complete; of several with one name the last."""
         self.http_1_0 = False
         self.keep_alive = True
         self.expects_continue = False
@@ -123,13 +127,6 @@ class Exchange:
     def gone(self) -> bool:
         """Whether the client has left."""
         return self._connection.closed
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first header of this (lower case) name."""
-        for key, value in self.headers:
-            if key == name:
-                return value
-        return None
 
     def body(self) -> bytes:
         """The request's body as it came. Call it once; the pieces are let go."""
@@ -337,6 +334,7 @@ class ServerConnection(asyncio.BufferedProtocol):
             self._reject(*problem)
             return
         incoming.path, _, incoming.query = self._url.partition(b"?")
+        incoming.header = dict(incoming.headers)
         self._app.head(incoming)
         self._body_started_at = self._server.clock()
         if self._current is None:
@@ -491,6 +489,8 @@ class ServerConnection(asyncio.BufferedProtocol):
         size = len(self._url)
         for name, value in headers:
             size += len(name) + len(value) + 4
+            if name not in _CHECKED:
+                continue
             if name == b"host":
                 hosts += 1
             elif name == b"content-length":

@@ -331,7 +331,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if self._informational:
             return
         answer.head_at = self._upstream.clock()
-        answer.header_map = headers = {name.lower(): value for name, value in answer.headers}
+        lower = _lower_names
+        answer.header_map = headers = {lower[name]: value for name, value in answer.headers}
         self._decoder = self._decoder_for(headers.get(b"content-encoding", b"identity"))
         answer.streamed = answer.status == 200 and _is_streamed(headers.get(b"content-type", b""))
         if answer.streamed:
@@ -578,6 +579,19 @@ class Upstream:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+
+class _LowerNames(dict[bytes, bytes]):
+    """Header names in lower case; Anthropic sends the same two dozen with every answer."""
+
+    def __missing__(self, name: bytes) -> bytes:
+        lower = name.lower()
+        if len(self) < 1024:
+            self[name] = lower
+        return lower
+
+
+_lower_names = _LowerNames()
 
 
 def _is_streamed(content_type: bytes) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from headgate.wire.message import MessageRequest
 
-_SAMPLE_BYTES = 2048
+_SAMPLE_BYTES = 512
 
 _ASCII_CHARS_PER_TOKEN = 3.4
 _VIETNAMESE_MIXED_CHARS_PER_TOKEN = 2.0

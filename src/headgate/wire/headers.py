@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 import msgspec
@@ -30,7 +31,9 @@ def retry_after_s(headers: Mapping[bytes, bytes], *, now_s: float) -> float | No
     if seconds is not None or value is None or len(value) > RETRY_AFTER_TEXT_MAX:
         return seconds
     try:
-        wait_s = parsedate_to_datetime(value.decode("ascii")).timestamp() - now_s
+        date = parsedate_to_datetime(value.decode("ascii"))
+        # A date without a zone is UTC, as all of HTTP's are; a naive one would be taken for local time.
+        wait_s = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now_s
     except (ValueError, TypeError, OverflowError, OSError, IndexError):
         return None
     return wait_s if wait_s > 0 else None
