@@ -90,7 +90,8 @@ class Gateway:
         self._settings = settings
         self._stopping = asyncio.Event()
         self._draining = False
-        self._call_prefix = secrets.token_hex(6)
+        # Begins with the time, so that the ledger's rows are appended and not scattered (decision 0003).
+        self._call_prefix = f"{time.time_ns() // 1_000_000_000:08x}{secrets.token_hex(3)}"
         self._calls = 0
         self.port = 0
         self.operator_port = 0
@@ -139,8 +140,7 @@ class Gateway:
                 new_call_id=self._new_call_id,
                 hop=hop,
                 is_ready=lambda: not self._draining,
-                public_url=settings.server.public_url,
-                body_bytes_max=settings.server.body_bytes_max,
+                settings=settings.server,
             )
             server = Server(endpoints, settings.server, clock=time.monotonic)
             await _listen(server, "HEADGATE_LISTEN", settings.listen)
@@ -231,7 +231,7 @@ class Gateway:
 
     def _new_call_id(self) -> str:
         self._calls += 1
-        return f"call_{self._call_prefix}{self._calls:012x}"
+        return f"call_{self._call_prefix}{self._calls:010x}"
 
 
 async def _serve_operator(operator: uvicorn.Server, sockets: list[socket.socket]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from ipaddress import IPv6Address
 from typing import Literal
 
 import msgspec
@@ -18,6 +19,7 @@ from headgate.gateway import forwarding, refusals
 from headgate.gateway.passthrough import Passthrough
 from headgate.gateway.pipeline import ATTRIBUTE_CHARS_MAX, Attribution, Pipeline
 from headgate.gateway.server import BadEncoding, DecodedTooLarge, Exchange, decode_body
+from headgate.gateway.settings import ServerSection
 from headgate.policy.admission import admit
 from headgate.policy.bad_key_throttle import AddressThrottle
 from headgate.policy.records import ClientRequest, Principal, Refused, Scope
@@ -97,17 +99,16 @@ class Endpoints:
         new_call_id: Callable[[], str],
         hop: bytes,
         is_ready: Callable[[], bool],
-        public_url: str,
-        body_bytes_max: int,
+        settings: ServerSection,
     ) -> None:
         self._pipeline = pipeline
         self._keys = keys
         self._new_call_id = new_call_id
         self._hop = hop
         self._is_ready = is_ready
-        self._public_url = public_url.rstrip("/")
-        self._body_bytes_max = body_bytes_max
-        self._throttle = AddressThrottle()
+        self._public_url = settings.public_url.rstrip("/")
+        self._body_bytes_max = settings.body_bytes_max
+        self._throttle = AddressThrottle(failures_per_min=settings.bad_keys_per_min)
 
     def head(self, exchange: Exchange) -> None:
         """Route, then key, then scope. Whatever is refused here costs no call upstream and no write."""
@@ -153,16 +154,11 @@ class Endpoints:
         body = exchange.body()
         encoding = exchange.header.get(b"content-encoding")
         if encoding is not None:
-            try:
-                body = decode_body(body, encoding, bytes_max=self._body_bytes_max)
-            except BadEncoding as error:
-                self._refuse(exchange, refusals.bad_request(str(error), code="request_body_encoding_unsupported"))
+            decoded = self._decoded(exchange, body, encoding)
+            if isinstance(decoded, Refused):
+                self._refuse(exchange, decoded)
                 return
-            except DecodedTooLarge as error:
-                self._refuse(
-                    exchange, refusals.bad_request(str(error), status=413, code="request_body_too_large_after_decoding")
-                )
-                return
+            body = decoded
         request = ClientRequest(
             call_id=self._new_call_id(),
             body=body,
@@ -197,6 +193,16 @@ class Endpoints:
         del exchange
         return answer.header_lines, answer.body
 
+    def _decoded(self, exchange: Exchange, body: bytes, encoding: bytes) -> bytes | Refused:
+        """The body without its content-encoding, accounted for at its true size."""
+        try:
+            decoded = decode_body(body, encoding, bytes_max=self._body_bytes_max)
+        except BadEncoding as error:
+            return refusals.bad_request(str(error), code="request_body_encoding_unsupported")
+        except DecodedTooLarge as error:
+            return refusals.bad_request(str(error), status=413, code="request_body_too_large_after_decoding")
+        return decoded if exchange.account(len(decoded) - len(body)) else refusals.BODIES_EXHAUSTED
+
     def _authenticate(self, exchange: Exchange) -> Principal | Refused:
         presented = _presented_key(exchange)
         try:
@@ -205,7 +211,7 @@ class Endpoints:
             log.error("keys_unavailable", reason=str(error))
             return refusals.KEYS_UNAVAILABLE
         except KeyRefused:
-            wait_s = self._throttle.failed(exchange.peer, now=self._pipeline.clock())
+            wait_s = self._throttle.failed(_address(exchange.peer), now=self._pipeline.clock())
             if wait_s is None:
                 return refusals.INVALID_KEY
             return msgspec.structs.replace(refusals.TOO_MANY_BAD_KEYS, retry_after_s=wait_s)
@@ -218,6 +224,11 @@ class Endpoints:
         if self._public_url:
             return self._public_url
         return "http://" + exchange.header.get(b"host", b"").decode("latin-1")
+
+
+def _address(peer: str) -> str:
+    """What bad keys are counted by: an IPv4 address, or the /64 that one IPv6 client has to itself."""
+    return IPv6Address(peer.partition("%")[0]).packed[:8].hex() if ":" in peer else peer
 
 
 def _presented_key(exchange: Exchange) -> bytes:

@@ -41,7 +41,7 @@ def answer(refused: Refused, *, call_id: str) -> ErrorAnswer:
         % (
             call_id.encode(),
             call_id.encode(),
-            advice(refused.retry_after_s, should_retry=refused.retry_after_s is not None),
+            advice(refused.retry_after_s, should_retry=refused.retryable and refused.retry_after_s is not None),
         ),
         body,
     )
@@ -64,6 +64,7 @@ TOO_MANY_BAD_KEYS = Refused(
     error_code="bad_keys_exceeded",
     message="Too many invalid keys came from this address. Try again in a minute.",
     retry_after_s=60.0,
+    retryable=False,
 )
 KEYS_UNAVAILABLE = Refused(
     status=503,
@@ -78,6 +79,13 @@ LEDGER_UNAVAILABLE = Refused(
     error_code="ledger_unavailable",
     message="The gateway cannot write its ledger at the moment, and sends nothing that it could not account for.",
     retry_after_s=5.0,
+)
+BODIES_EXHAUSTED = Refused(
+    status=529,
+    error_type="overloaded_error",
+    error_code="bodies_exhausted",
+    message="This gateway holds too many large requests; try again shortly.",
+    retry_after_s=1.0,
 )
 NO_SUCH_PATH = Refused(
     status=404, error_type="not_found_error", error_code="no_such_path", message="There is nothing at this path."

@@ -125,7 +125,8 @@ class Relay:
                     return
                 elif kind is Kind.START:
                     self._begin()
-                elif kind is Kind.PING and not self.committed:
+                elif kind is Kind.PING and not fold.started:
+                    # Before the answer begins there is nothing to keep it in order with; after, it is held with it.
                     self._client.send(frame)
                     continue
                 if self.committed:

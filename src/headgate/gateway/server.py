@@ -29,9 +29,13 @@ PIPELINE_MAX = 16
 WRITE_BUFFER_BYTES = 64 << 10
 """With one read of READ_BUFFER_BYTES on top, less than the 256 KiB that a stream may buffer."""
 READ_BUFFER_BYTES = 64 << 10
-DISCARD_BYTES_MAX = 32 << 20
+DISCARD_BYTES_MAX = 64 << 20
 """Of a refused request's body: read and thrown away, so that its sender sees the answer and not a reset."""
 LINGER_S = 2.0
+"""Of silence, after an answer whose client still sends; `LINGER_S_MAX` in all."""
+LINGER_S_MAX = 30.0
+SHED_MAX = 100
+"""Connections beyond the limit that are told so in peace; those beyond this are just closed."""
 BODY_TIMEOUT_FACTOR = 4
 
 _CHECKED = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
@@ -65,10 +69,13 @@ class Exchange:
     """One request and its response."""
 
     __slots__ = (
-        "_body",
+        "_begun",
+        "_buffer",
         "_chunked",
         "_connection",
+        "_continued",
         "_deferred",
+        "_piece",
         "body_bytes",
         "complete",
         "expects_continue",
@@ -90,9 +97,12 @@ class Exchange:
 
     def __init__(self, connection: ServerConnection) -> None:
         self._connection = connection
-        self._body: list[bytes] = []
+        self._piece = b""
+        self._buffer: bytearray | None = None
         self._chunked = False
-        self._deferred: bytes | None = None
+        self._deferred = b""
+        self._begun = False
+        self._continued = False
         self.target = b""
         self.path = b""
         self.query = b""
@@ -105,6 +115,7 @@ class Exchange:
         self.keep_alive = True
         self.expects_continue = False
         self.body_bytes = 0
+        """What the server accounts to this request."""
         self.complete = False
         """Whether the whole request has come."""
         self.started = False
@@ -129,17 +140,23 @@ class Exchange:
         return self._connection.closed
 
     def body(self) -> bytes:
-        """The request's body as it came. Call it once; the pieces are let go."""
-        pieces, self._body = self._body, []
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        """The request's body as it came. Call it once; it is let go."""
+        if self._buffer is None:
+            return self._piece
+        whole = bytes(self._buffer)
+        self._buffer = None
+        return whole
+
+    def account(self, size: int) -> bool:
+        """Whether this request may hold `size` more bytes, all of the server's limits considered."""
+        return self._connection.reserve(self, size)
 
     def respond(self, status: int, header_lines: bytes, body: bytes) -> None:
         """The whole response. `header_lines` are `name: value\\r\\n` each, without the framing ones."""
         if self.started or self.gone:
             return
         self.started = True
-        close = b"" if self.keep_alive and not self._connection.closing_after(self) else b"connection: close\r\n"
-        head = b"%b%b%bcontent-length: %d\r\n\r\n" % (status_line(status), header_lines, close, len(body))
+        head = b"%b%b%bcontent-length: %d\r\n\r\n" % (status_line(status), header_lines, self._close_line(), len(body))
         self._connection.send(self, head if self.method == b"HEAD" else head + body)
         self._finish()
 
@@ -150,9 +167,8 @@ class Exchange:
         self.started = self.streaming = True
         self._chunked = not self.http_1_0
         self.keep_alive = self.keep_alive and self._chunked
-        close = b"" if self.keep_alive and not self._connection.closing_after(self) else b"connection: close\r\n"
         framing = b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n"
-        self._connection.send(self, b"%b%b%b%b" % (status_line(status), header_lines, close, framing))
+        self._connection.send(self, b"%b%b%b%b" % (status_line(status), header_lines, self._close_line(), framing))
 
     def write(self, data: bytes) -> None:
         """A piece of a streamed body."""
@@ -176,6 +192,28 @@ class Exchange:
             self.on_gone = self.on_paused = None
             self._connection.abort()
 
+    def take(self, data: bytes) -> None:
+        """A piece of the body. Many small ones are joined: as objects they would weigh twenty times their bytes."""
+        if self._buffer is not None:
+            self._buffer += data
+        elif self._piece:
+            self._buffer = bytearray(self._piece)
+            self._buffer += data
+            self._piece = b""
+        else:
+            self._piece = data
+
+    def drop_body(self) -> None:
+        """Nobody will read it."""
+        self._piece = b""
+        self._buffer = None
+
+    def _close_line(self) -> bytes:
+        """Said when the connection ends with this response; who waits for a 100 may never send a body."""
+        if self._connection.draining or (self.expects_continue and not self.complete and not self._continued):
+            self.keep_alive = False
+        return b"" if self.keep_alive else b"connection: close\r\n"
+
     def _finish(self) -> None:
         self.finished = True
         self.on_gone = self.on_paused = None
@@ -183,25 +221,32 @@ class Exchange:
 
 
 class ServerConnection(asyncio.BufferedProtocol):
-    """One client connection: at most one response at a time, pipelined requests in their order."""
+    """One client connection.
+
+    `_line` holds its requests in the order they came, from the moment their head is complete. Only the first of them
+    is served and may write; `_advance` moves on when it has been answered. What is said before its turn waits.
+    """
 
     __slots__ = (
+        "_advancing",
         "_app",
         "_body_started_at",
-        "_current",
+        "_closing_at",
         "_deadline",
+        "_deaf",
         "_discarded",
         "_header_bytes",
+        "_heard_at",
         "_in_head",
         "_incoming",
+        "_line",
         "_lingering",
         "_parser",
         "_paused_at",
-        "_queue",
-        "_reading_paused",
-        "_rejected",
+        "_reading",
         "_server",
         "_transport",
+        "_unproductive",
         "_url",
         "closed",
         "peer",
@@ -212,18 +257,23 @@ class ServerConnection(asyncio.BufferedProtocol):
         self._app = server.app
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # set in connection_made
-        self._queue: deque[Exchange] = deque()
-        self._current: Exchange | None = None
+        self._line: deque[Exchange] = deque()
         self._incoming: Exchange | None = None
+        self._advancing = False
         self._in_head = False
         self._header_bytes = 0
+        self._unproductive = 0
+        """Bytes read since the last byte of a body: trailers and chunk headers may not grow without bound."""
         self._url = b""
         self._body_started_at = 0.0
         self._deadline = 0.0
         self._paused_at: float | None = None
-        self._reading_paused = False
-        self._rejected = False
+        self._reading = True
+        self._deaf = False
+        """Nothing that comes is read as a request any more."""
         self._lingering = False
+        self._closing_at: float | None = None
+        self._heard_at = 0.0
         self._discarded = 0
         self.closed = False
         self.peer = ""
@@ -238,11 +288,9 @@ class ServerConnection(asyncio.BufferedProtocol):
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         self._deadline = self._server.clock() + self._server.settings.header_timeout_s
         if not self._server.add(self):
-            head, body = self._app.refusal(None, 529, "connections_exhausted", "This gateway has too many connections.")
-            self._transport.write(
-                b"%b%bconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (status_line(529), head, len(body), body)
-            )
-            self._transport.close()
+            self._deaf = True
+            self._write_refusal(None, 529, "connections_exhausted", "This gateway has too many connections.")
+            self._close(linger=self._server.shed <= SHED_MAX)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Where the loop may read into."""
@@ -250,11 +298,10 @@ class ServerConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """The loop has read `nbytes`."""
-        if self._lingering:
-            self._discarded += nbytes
-            if self._discarded > DISCARD_BYTES_MAX:
-                self.abort()
+        if self._deaf:
+            self._discard(nbytes)
             return
+        self._unproductive += nbytes
         if self._in_head:
             self._header_bytes += nbytes
         try:
@@ -265,6 +312,8 @@ class ServerConnection(asyncio.BufferedProtocol):
             self._reject(400, "malformed_request", "The request is not well-formed HTTP/1.1.")
         if self._in_head and self._header_bytes > HEADER_BYTES_MAX:
             self._reject(431, "header_too_large", f"The header is larger than {HEADER_BYTES_MAX} bytes.")
+        elif self._incoming is not None and self._unproductive > nbytes + HEADER_BYTES_MAX:
+            self._reject(431, "trailer_too_large", f"What follows the body is larger than {HEADER_BYTES_MAX} bytes.")
 
     def eof_received(self) -> bool:
         """The client has closed its side: it waits for nothing more."""
@@ -274,38 +323,42 @@ class ServerConnection(asyncio.BufferedProtocol):
         """The connection is gone, by whoever's will."""
         self.closed = True
         self._server.remove(self)
-        current, self._current = self._current, None
-        for exchange in (current, self._incoming, *self._queue):
-            if exchange is not None:
-                self._server.release(exchange)
-        self._incoming = None
-        self._queue.clear()
-        if current is not None and not current.finished:
-            on_gone, current.on_gone, current.on_paused = current.on_gone, None, None
+        first = self._line[0] if self._line else None
+        for exchange in self._line:
+            self._server.release(exchange)
+        if self._incoming is not None:
+            self._server.release(self._incoming)
+            self._incoming = None
+        self._line.clear()
+        if first is not None and not first.finished:
+            on_gone, first.on_gone, first.on_paused = first.on_gone, None, None
             if on_gone is not None:
                 on_gone()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than we write."""
         self._paused_at = self._server.clock()
-        if self._current is not None and self._current.on_paused is not None:
-            self._current.on_paused(True)
+        self._tell_paused(True)
+        self._read_or_not()
 
     def resume_writing(self) -> None:
         """The client has caught up."""
         self._paused_at = None
-        if self._current is not None and self._current.on_paused is not None:
-            self._current.on_paused(False)
+        self._tell_paused(False)
+        self._advance()
+        self._read_or_not()
 
-    # httptools' side. A callback that raises would be wrapped; after a refusal they do nothing instead.
+    # httptools' side. A callback that raises would be wrapped; once the connection is deaf they do nothing instead.
 
     def on_message_begin(self) -> None:
         """First byte of a request."""
+        if self._deaf:
+            return
         self._incoming = Exchange(self)
         self._in_head = True
         self._header_bytes = 0
         self._url = b""
-        if self._current is None:
+        if not self._line:
             self._deadline = self._server.clock() + self._server.settings.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
@@ -314,16 +367,16 @@ class ServerConnection(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, whole."""
-        incoming = self._incoming
-        if self._in_head and incoming is not None and not self._rejected:  # trailers are not headers
-            incoming.headers.append((name.lower(), value))
+        if self._in_head and self._incoming is not None:  # trailers are not headers
+            self._incoming.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         """The head is whole: check what the parser does not, and let the app look at it."""
         incoming = self._incoming
-        if incoming is None or self._rejected:
+        if incoming is None or self._deaf:
             return
         self._in_head = False
+        self._unproductive = 0
         parser = self._parser
         incoming.method = parser.get_method()
         incoming.keep_alive = parser.should_keep_alive()
@@ -335,116 +388,151 @@ class ServerConnection(asyncio.BufferedProtocol):
             return
         incoming.path, _, incoming.query = self._url.partition(b"?")
         incoming.header = dict(incoming.headers)
-        self._app.head(incoming)
+        self._line.append(incoming)
         self._body_started_at = self._server.clock()
-        if self._current is None:
+        if self._line[0] is incoming:
             self._deadline = self._body_started_at + self._server.settings.body_timeout_s
-        if incoming.expects_continue and not incoming.started and self._current is None and not self._queue:
-            self._transport.write(_CONTINUE)
+        self._app.head(incoming)
+        if incoming.expects_continue:
+            self._advance()
 
     def on_body(self, data: bytes) -> None:
         """A piece of a body."""
         incoming = self._incoming
-        if incoming is None or self._rejected:
+        self._unproductive = 0
+        if incoming is None or self._deaf:
             return
         if incoming.started:
             # Refused by its head: read on without keeping anything, so that the sender sees why.
-            self._discarded += len(data)
-            if self._discarded > DISCARD_BYTES_MAX:
-                self.abort()
+            self._discard(len(data))
             return
-        if not self._server.reserve(incoming, len(data)):
+        if not self.reserve(incoming, len(data)):
             self._too_large(incoming)
             return
-        incoming._body.append(data)
-        now = self._server.clock()
-        if self._current is None:
+        incoming.take(data)
+        if self._line[0] is incoming:
             settings = self._server.settings
             self._deadline = min(
-                now + settings.body_timeout_s, self._body_started_at + BODY_TIMEOUT_FACTOR * settings.body_timeout_s
+                self._server.clock() + settings.body_timeout_s,
+                self._body_started_at + BODY_TIMEOUT_FACTOR * settings.body_timeout_s,
             )
 
     def on_message_complete(self) -> None:
         """A request is whole."""
         incoming, self._incoming = self._incoming, None
-        if incoming is None or self._rejected:
+        if incoming is None or self._deaf:
             return
         incoming.complete = True
         self._discarded = 0
-        if self._current is None and not self._queue:
-            self._begin(incoming)
-            return
-        self._queue.append(incoming)
-        if len(self._queue) >= PIPELINE_MAX and not self._reading_paused:
-            self._reading_paused = True
-            self._transport.pause_reading()
+        self._advance()
+        self._read_or_not()
 
     # the exchanges' side
 
-    def closing_after(self, exchange: Exchange) -> bool:
-        """Whether this response is the connection's last."""
-        return self._server.draining or (self._incoming is exchange and exchange.expects_continue)
+    @property
+    def draining(self) -> bool:
+        """Whether no request may follow the one that is being served."""
+        return self._server.draining
 
     def send(self, exchange: Exchange, data: bytes) -> None:
         """Write it, or keep it until the responses before it are done."""
-        if exchange is self._current or (self._current is None and not self._queue):
+        if self._line and exchange is self._line[0]:
             self._transport.write(data)
         else:
-            exchange._deferred = data
+            exchange._deferred += data
 
     def finished(self, exchange: Exchange) -> None:
-        """The response has been written whole: the next request's turn."""
+        """The response has been handed over whole."""
+        exchange.drop_body()
         self._server.release(exchange)
-        if exchange._deferred is not None:
-            return
-        if not exchange.keep_alive or self.closing_after(exchange):
-            self._close_after(exchange)
-        elif exchange is self._current:
-            self._current = None
-            self._next()
+        if self._line and exchange is self._line[0]:
+            self._advance()
+
+    def reserve(self, exchange: Exchange, size: int) -> bool:
+        """Whether this request may hold `size` more bytes."""
+        return self._server.reserve(exchange, size)
 
     def abort(self) -> None:
         """Drop the connection at once."""
         self._transport.abort()
 
-    def _begin(self, exchange: Exchange) -> None:
-        if exchange.finished:
-            # Answered by its head alone.
-            self._after_response()
+    # inside
+
+    def _advance(self) -> None:
+        """Serve the first in line, and go on as long as it is answered at once. Not entered twice: no recursion."""
+        if self._advancing:
             return
-        self._current = exchange
-        self._app.request(exchange)
-
-    def _next(self) -> None:
-        while self._current is None and self._queue and not self.closed:
-            exchange = self._queue.popleft()
-            if exchange._deferred is not None:
-                self._transport.write(exchange._deferred)
-                if not exchange.keep_alive:
-                    self._close_after(exchange)
-                    return
+        self._advancing = True
+        line = self._line
+        while line and not self.closed and self._closing_at is None and self._paused_at is None:
+            first = line[0]
+            if first._deferred:
+                self._transport.write(first._deferred)
+                first._deferred = b""
+            if first.finished:
+                if not first.keep_alive:
+                    self._close(linger=True)
+                elif first.complete:
+                    line.popleft()
+                    continue
+                break
+            if first._begun:
+                break
+            if first.complete:
+                first._begun = True
+                self._app.request(first)
                 continue
-            self._begin(exchange)
-        if self._current is None:
-            self._after_response()
+            if first.expects_continue and not first._continued:
+                first._continued = True
+                self._transport.write(_CONTINUE)
+            break
+        self._advancing = False
+        if not line and self._closing_at is None:
+            settings = self._server.settings
+            self._deadline = self._server.clock() + (
+                settings.header_timeout_s if self._in_head else settings.idle_timeout_s
+            )
+            if self._deaf or self._server.draining:
+                self._close(linger=self._deaf)
 
-    def _after_response(self) -> None:
-        now = self._server.clock()
-        settings = self._server.settings
-        self._deadline = now + (settings.header_timeout_s if self._incoming else settings.idle_timeout_s)
-        if self._reading_paused and not self.closed:
-            self._reading_paused = False
-            self._transport.resume_reading()
+    def _read_or_not(self) -> None:
+        """Stop reading when nothing more can be served; not under a stream, whose client must be seen leaving."""
+        streaming = bool(self._line) and self._line[0].streaming
+        reading = len(self._line) < PIPELINE_MAX and (self._paused_at is None or streaming)
+        if reading != self._reading and not self.closed and self._closing_at is None:
+            self._reading = reading
+            if reading:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
 
-    def _close_after(self, exchange: Exchange) -> None:
-        """Close once the response has gone out; what the client still sends is read until then, or it sees a reset."""
-        if exchange.complete:
+    def _tell_paused(self, paused: bool) -> None:
+        if self._line and self._line[0].on_paused is not None:
+            self._line[0].on_paused(paused)
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        self._heard_at = self._server.clock()
+        if self._discarded > DISCARD_BYTES_MAX:
+            self.abort()
+
+    def _close(self, *, linger: bool) -> None:
+        """End the connection once its answers have gone out.
+
+        With `linger` what the client still sends is read and thrown away for a while: closing on unread bytes resets
+        the connection, and the client might never see its answer.
+        """
+        self._deaf = True
+        self._closing_at = self._heard_at = self._server.clock()
+        self._lingering = linger and not self._transport.is_closing() and self._transport.can_write_eof()
+        if not self._lingering:
             self._transport.close()
             return
-        self._lingering = True
-        self._deadline = self._server.clock() + LINGER_S
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
+        self._discarded = 0
+        if not self._reading:
+            self._reading = True
+            self._transport.resume_reading()
+        self._transport.write_eof()
 
     def _too_large(self, exchange: Exchange) -> None:
         limit = self._server.settings.body_bytes_max
@@ -454,38 +542,40 @@ class ServerConnection(asyncio.BufferedProtocol):
             self._reject(529, "bodies_exhausted", "This gateway holds too many large requests; try again shortly.")
 
     def _reject(self, status: int, code: str, message: str) -> None:
-        """Answer what cannot be served and close; nothing after it on this connection is read as a request."""
-        if self._rejected or self.closed:
+        """Answer what cannot be served, and close; nothing after it on this connection is read as a request.
+
+        Behind requests that are still being served nothing is said: a second answer now would be taken for theirs.
+        """
+        if self._deaf or self.closed:
             return
-        self._rejected = True
-        incoming, self._incoming = self._incoming, None
-        if incoming is not None:
-            incoming._body.clear()
-            self._server.release(incoming)
-        if self._current is not None or self._queue or (incoming is not None and incoming.started):
-            # A response is being written: a second one now would be taken for a part of it.
-            self._transport.pause_reading()
-            if self._current is not None:
-                self._current.keep_alive = False
-            else:
-                self._transport.close()
-            return
-        header_lines, body = self._app.refusal(incoming, status, code, message)
-        self._transport.write(
-            b"%b%bconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-            % (status_line(status), header_lines, len(body), body)
-        )
+        self._deaf = True
         self._in_head = False
-        self._lingering = True
-        self._discarded = 0
-        self._deadline = self._server.clock() + LINGER_S
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
+        incoming, self._incoming = self._incoming, None
+        answered = False
+        if incoming is not None:
+            incoming.drop_body()
+            self._server.release(incoming)
+            answered = incoming.started
+            if self._line and self._line[-1] is incoming:
+                self._line.pop()
+        if self._line:
+            self._line[-1].keep_alive = False
+            self._advance()
+            return
+        if not answered:
+            self._write_refusal(incoming, status, code, message)
+        self._close(linger=True)
+
+    def _write_refusal(self, exchange: Exchange | None, status: int, code: str, message: str) -> None:
+        header_lines, body = self._app.refusal(exchange, status, code, message)
+        head = b"%b%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (status_line(status), header_lines, len(body))
+        self._transport.write(head + body)
 
     def _head_problem(self, exchange: Exchange) -> tuple[int, str, str] | None:
         """What is wrong with a head that the parser let pass, or None."""
         headers = exchange.headers
-        hosts = lengths = 0
+        body_bytes_max = self._server.settings.body_bytes_max
+        hosts = framings = 0
         size = len(self._url)
         for name, value in headers:
             size += len(name) + len(value) + 4
@@ -494,31 +584,29 @@ class ServerConnection(asyncio.BufferedProtocol):
             if name == b"host":
                 hosts += 1
             elif name == b"content-length":
-                lengths += 1
+                framings += 1
                 if len(value) > 15 or not value.isdigit():
                     return 400, "malformed_request", "The Content-Length is no number."
-                if int(value) > self._server.settings.body_bytes_max:
-                    return (
-                        413,
-                        "request_too_large",
-                        (f"The request is larger than {self._server.settings.body_bytes_max} bytes."),
-                    )
+                if int(value) > body_bytes_max:
+                    return 413, "request_too_large", f"The request is larger than {body_bytes_max} bytes."
             elif name == b"transfer-encoding":
-                lengths += 1
-                if value.lower() != b"chunked":
-                    return 400, "malformed_request", "The only transfer encoding here is 'chunked'."
+                framings += 1
+                if value.lower() != b"chunked" or exchange.http_1_0:
+                    return 400, "malformed_request", "The only transfer encoding here is 'chunked', with HTTP/1.1."
             elif name == b"expect":
-                exchange.expects_continue = value.lower() == b"100-continue"
+                exchange.expects_continue = value.lower() == b"100-continue" and not exchange.http_1_0
         if size > HEADER_BYTES_MAX or len(headers) > HEADERS_MAX:
             return 431, "header_too_large", f"The header has more than {HEADER_BYTES_MAX} bytes or {HEADERS_MAX} lines."
         if len(self._url) > TARGET_BYTES_MAX:
             return 414, "target_too_long", f"The target is longer than {TARGET_BYTES_MAX} bytes."
         if hosts > 1 or (hosts == 0 and not exchange.http_1_0):
             return 400, "malformed_request", "A request has exactly one Host header."
-        if lengths > 1:
+        if framings > 1:
             return 400, "malformed_request", "A request has one Content-Length or one Transfer-Encoding, not both."
         if self._parser.get_http_version() not in ("1.1", "1.0"):
             return 505, "http_version", "This gateway speaks HTTP/1.1."
+        if self._parser.should_upgrade():
+            return 400, "upgrade_unsupported", "This gateway speaks HTTP/1.1 only; do not ask for an upgrade."
         if not self._url.startswith(b"/"):
             return 400, "malformed_request", "The target must be a path."
         return None
@@ -526,26 +614,44 @@ class ServerConnection(asyncio.BufferedProtocol):
     # the server's side
 
     @property
-    def busy(self) -> bool:
-        """Whether a request is being served or read."""
-        return self._current is not None or self._incoming is not None or bool(self._queue)
-
-    @property
     def transport(self) -> asyncio.Transport:
         """The socket's transport."""
         return self._transport
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being served or read."""
+        return self._closing_at is None and (bool(self._line) or self._incoming is not None)
+
+    def stop(self) -> None:
+        """The server drains: close if there is no request in it."""
+        if not self.busy and self._closing_at is None:
+            self._close(linger=False)
+
     def tick(self, now: float) -> None:
         """Hold the deadlines."""
-        if self._paused_at is not None:
-            if now - self._paused_at > self._server.settings.write_timeout_s:
+        settings = self._server.settings
+        if self._closing_at is not None:
+            self._hold_closing(now)
+        elif self._paused_at is not None:
+            if now - self._paused_at > settings.write_timeout_s:
                 self.abort()
-        elif self._current is None and now > self._deadline:
-            if self._incoming is not None and not self._lingering and not self._incoming.started:
+        elif (not self._line or not self._line[0]._begun) and now > self._deadline:
+            if self._incoming is not None and not self._incoming.started:
                 self._reject(408, "request_timeout", "The request did not come in time.")
             else:
-                # Idle, or lingering after an answer that its client never took.
-                self._transport.abort() if self._lingering else self._transport.close()
+                self._close(linger=False)
+
+    def _hold_closing(self, now: float) -> None:
+        """Closing waits for the client to take its answer, and that may be never."""
+        assert self._closing_at is not None
+        if now - self._closing_at > self._server.settings.write_timeout_s:
+            self.abort()
+        elif self._lingering and not self._transport.get_write_buffer_size():
+            silent = now - self._heard_at > LINGER_S
+            if silent or now - self._closing_at > LINGER_S_MAX:
+                self._lingering = False
+                self._transport.close()
 
 
 class Server:
@@ -557,6 +663,7 @@ class Server:
         self.clock = clock
         self.draining = False
         self._connections: set[ServerConnection] = set()
+        self._shed: set[ServerConnection] = set()
         self._bodies_bytes = 0
         self._listener: asyncio.Server | None = None
 
@@ -581,8 +688,7 @@ class Server:
         if self._listener is not None:
             self._listener.close()
         for connection in list(self._connections):
-            if not connection.busy:
-                connection.transport.close()
+            connection.stop()
 
     def busy(self) -> int:
         """Connections with a request in them."""
@@ -591,24 +697,31 @@ class Server:
     def __len__(self) -> int:
         return len(self._connections)
 
+    @property
+    def shed(self) -> int:
+        """Connections beyond the limit that are being told so."""
+        return len(self._shed)
+
     def abort_all(self) -> None:
         """Drop what is left."""
-        for connection in list(self._connections):
+        for connection in (*self._connections, *self._shed):
             connection.abort()
 
     def tick(self, now: float) -> None:
         """Hold the deadlines of all connections."""
-        for connection in list(self._connections):
+        for connection in (*self._connections, *self._shed):
             connection.tick(now)
 
     def add(self, connection: ServerConnection) -> bool:
         """Whether there is room for one more."""
-        self._connections.add(connection)
-        return len(self._connections) <= self.settings.connections_max
+        room = len(self._connections) < self.settings.connections_max
+        (self._connections if room else self._shed).add(connection)
+        return room
 
     def remove(self, connection: ServerConnection) -> None:
         """A connection has ended."""
         self._connections.discard(connection)
+        self._shed.discard(connection)
 
     def reserve(self, exchange: Exchange, size: int) -> bool:
         """Whether a body may grow by `size`; the bytes of all bodies together bound the process's memory."""

@@ -16,18 +16,19 @@ ADDRESSES_MAX = 10_000
 
 
 class AddressThrottle:
-    """At most `FAILURES_PER_MIN` answers of 401 to an address in any minute; then 429.
+    """At most `failures_per_min` answers of 401 to an address in any minute; then 429.
 
     An address is whatever text the caller counts by: for IPv6 its /64, which one client has to itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, failures_per_min: int = FAILURES_PER_MIN) -> None:
+        self._failures_per_min = failures_per_min
         self._failed_at: OrderedDict[str, deque[float]] = OrderedDict()
 
     def refused_for_s(self, address: str, *, now: float) -> float | None:
         """Seconds until the address may fail again; None when it may now. `now` is monotonic seconds."""
         failed_at = self._failed_at.get(address)
-        if failed_at is None or len(failed_at) < FAILURES_PER_MIN:
+        if failed_at is None or len(failed_at) < self._failures_per_min:
             return None
         wait_s = failed_at[0] + WINDOW_S - now
         return wait_s if wait_s > 0 else None
@@ -40,7 +41,7 @@ class AddressThrottle:
         wait_s = self.refused_for_s(address, now=now)
         if wait_s is not None:
             return wait_s
-        failed_at = self._failed_at.setdefault(address, deque(maxlen=FAILURES_PER_MIN))
+        failed_at = self._failed_at.setdefault(address, deque(maxlen=self._failures_per_min))
         failed_at.append(now)
         self._failed_at.move_to_end(address)
         if len(self._failed_at) > ADDRESSES_MAX:

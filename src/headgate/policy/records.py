@@ -84,6 +84,8 @@ class Refused(Record, frozen=True, gc=False):
     error_code: str
     message: str
     retry_after_s: float | None = None
+    retryable: bool = True
+    """False where the same request would be refused again after the wait too."""
 
 
 class Attempt(Record, frozen=True, gc=False):

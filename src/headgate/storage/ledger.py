@@ -27,8 +27,9 @@ FOLD_EVENTS = 500
 """Events that wake the writer before its time."""
 BATCH_BYTES = 128 << 10
 """About 500 events: what one transaction holds the GIL for is some milliseconds."""
-REPLAY_BATCH_BYTES = 4 << 20
-"""At a start nobody waits for the GIL, and a bigger batch writes fewer pages."""
+START_WAIT_S = 5.0
+"""How long a start waits for the replay of what dead processes left. Some 250,000 calls; more are folded beside the
+new ones, so that a database that was away for a day does not keep the door shut (failure-model I14: ready in 10 s)."""
 
 _log = structlog.get_logger(__name__)
 
@@ -58,7 +59,7 @@ class LocalLedger:
         now_ns: Callable[[], int],
         durability: Durability = "process",
     ) -> None:
-        """Returns when what dead processes left is folded and closed. Raises LedgerUnavailable and database errors."""
+        """Returns when what dead processes left is folded and closed, or after 5 s. Raises LedgerUnavailable."""
         self._price = price
         self._durability = durability
         self._journal = Journal(data_dir / "journal", now_ns=now_ns, durability=durability)
@@ -70,15 +71,18 @@ class LocalLedger:
         self._stale = False
         self._progress = threading.Condition()
         self._wake = threading.Event()
-        self._suspects: set[str] | None = None
+        self._suspects: set[str] = set()
+        self._adoption_due = True
         self._stopping = False
         self._fold_trouble = ""
         self._damaged_lines = 0
-        self._adopt(REPLAY_BATCH_BYTES)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="ledger-sync")
         self._syncing: asyncio.Future[None] | None = None
         self._writer = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._writer.start()
+        self._wake.set()
+        with self._progress:
+            self._progress.wait_for(lambda: not self._adoption_due, START_WAIT_S)
 
     def write(self, *events: LedgerEvent) -> None:
         """See `Ledger.write`. For any thread."""
@@ -106,6 +110,7 @@ class LocalLedger:
         """
         # Copied now: a call that opens after this line cannot be meant.
         self._suspects = set(self._fold.open) - set(live_call_ids)
+        self._adoption_due = True
         self._wake.set()
 
     def flush(self, *, timeout_s: float = 10.0) -> None:
@@ -156,12 +161,12 @@ class LocalLedger:
         if self._stale:
             self._fold = self._rebuilt()
             self._stale = False
+        suspects, self._suspects = self._suspects, set()
         self._fold_own()
-        suspects, self._suspects = self._suspects, None
-        if suspects is not None:
-            self._end([self._fold.open[call_id] for call_id in suspects & self._fold.open.keys()])
-            self._fold_own()
-            self._adopt(BATCH_BYTES)
+        self._end([self._fold.open[call_id] for call_id in suspects & self._fold.open.keys()])
+        self._fold_own()
+        if self._adoption_due:
+            self._adopt()
 
     def _rebuilt(self) -> Fold:
         """A fold that knows what the database knows: after a commit that failed, memory was ahead of it."""
@@ -171,7 +176,7 @@ class LocalLedger:
                 fold.load(call)
         return fold
 
-    def _adopt(self, batch_bytes: int) -> None:
+    def _adopt(self) -> None:
         """Fold what dead processes left, close what they had open, delete their segments."""
         with self._journal.adoption() as claim:
             if claim is None:
@@ -181,7 +186,7 @@ class LocalLedger:
                     self._fold.load(call)
             for segment in claim.dead:
                 segment.folded = self._tables.position(segment.name)
-                self._fold_segment(segment, batch_bytes)
+                self._fold_segment(segment)
             self._end([call for call in self._fold.open.values() if call.writer not in claim.living])
             # Before their locks are given up: who takes them next must find nothing open.
             self._fold_own()
@@ -190,6 +195,9 @@ class LocalLedger:
         for name in self._tables.segments():
             if not self._journal.has(name):
                 self._tables.forget(name)
+        with self._progress:
+            self._adoption_due = False
+            self._progress.notify_all()
 
     def _end(self, orphans: list[CallRow]) -> None:
         for call in orphans:
@@ -202,7 +210,7 @@ class LocalLedger:
         try:
             for segment in tuple(self._journal.segments):
                 rotated = segment is not self._journal.segments[-1]
-                self._fold_segment(segment, BATCH_BYTES)
+                self._fold_segment(segment)
                 if rotated and self._retire(segment):
                     self._journal.segments.remove(segment)
                     self._retired_bytes += segment.size
@@ -211,8 +219,8 @@ class LocalLedger:
                 self._folded = self._retired_bytes + sum(segment.folded for segment in self._journal.segments)
                 self._progress.notify_all()
 
-    def _fold_segment(self, segment: Segment, batch_bytes: int) -> None:
-        for batch in read(segment, batch_bytes=batch_bytes):
+    def _fold_segment(self, segment: Segment) -> None:
+        for batch in read(segment, batch_bytes=BATCH_BYTES):
             self._fold.apply(batch.events, segment.writer)
             self._tables.commit(*self._fold.changed(), segment.name, batch.end)
             self._fold.committed()
