@@ -100,6 +100,7 @@ def test_a_stream_follows_the_grammar_and_adds_up_to_the_whole_message(made: Ans
                 case other:
                     raise AssertionError(other)
         elif partial:
+            assert partial[0] == ""
             content[-1]["input"] = json.loads("".join(partial))
     delta, whole = events[-2][1], message_value(made)
     assert content == whole["content"]

@@ -282,23 +282,8 @@ def test_a_closed_ticker_wakes_nobody() -> None:
 
 def test_the_command_line_means_the_settings() -> None:
     assert settings_from([]) == SimulatorSettings()
-    found = settings_from(
-        [
-            "--port",
-            "0",
-            "--tier",
-            "tier2",
-            "--api-key",
-            "a",
-            "--api-key",
-            "b=o/w",
-            "--speed",
-            "0",
-            "--upstream-tls",
-            "c",
-            "k",
-        ]
-    )
+    line = "--port=0 --tier=tier2 --api-key=a --api-key=b=o/w --speed=0 --upstream-tls c k"
+    found = settings_from(line.split())
     assert (found.port, found.tier, found.api_keys, found.speed) == (0, "tier2", ("a", "b=o/w"), 0.0)
     assert (str(found.tls_certificate), str(found.tls_key)) == ("c", "k")
     with pytest.raises(SystemExit):

@@ -129,9 +129,10 @@ def test_a_packed_body_is_read_and_recorded_as_it_came(simulator: Any) -> None:
 # ---- HTTP
 
 
-def test_what_is_pipelined_is_answered_in_order(simulator: Any) -> None:
-    with opened(simulator) as client:
-        client.sendall(b"".join(wire(body(f'[[sim: text="answer {n}"]]')) for n in range(3)))
+def test_what_is_pipelined_is_answered_in_order_however_slow_the_first_is(start: Callable[..., Any]) -> None:
+    with opened(start(speed=1.0, otps=10_000.0)) as client:
+        for n, ttft_ms in enumerate((200, 50, 0)):
+            client.sendall(wire(body(f'[[sim: text="answer {n}" ttft_ms={ttft_ms}]]')))
         found = b""
         while found.count(b"stop_reason") < 3:
             found += client.recv(65_536)

@@ -48,7 +48,7 @@ class Playback:
         """Sends every frame whose time has come, then waits for the next."""
         if self._over:
             return
-        if self._reply.full:
+        if self._reply.full:  # uvloop says so only after the write that filled the buffer
             self._blocked = True
             return
         exchange = self._exchange
