@@ -41,7 +41,6 @@ WITHOUT_OWN_TEST = {
     "storage/interfaces.py": "protocols; their adapters are tested",
     "storage/migrations/": "tests/storage/test_migrations.py runs all of them",
     "storage/tables.py": "tests/storage/test_migrations.py compares it with the migrations",
-    "telemetry/": "tests/system reads the line and the metrics of real calls",
 }
 """Modules, or folders ending in `/`, that have no test module of their own, and why that is right."""
 
