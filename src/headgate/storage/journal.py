@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ Durability = Literal["process", "power"]
 SEGMENT_BYTES = 64 << 20
 RESERVE_BYTES = 1 << 20
 """Freed when the disk is full: room for some 2,000 endings, more than the streams one process carries."""
+RECENT_LINES_MAX = 20_000
+"""Remembered beside the file: some 10 MB at most, when the fold is far behind."""
 HELD_BYTES_MAX = 64 << 20
 """Endings kept in memory while no disk takes them. Calls that end are at most those that were open."""
 
@@ -38,10 +41,18 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(list[LedgerEvent]).decode
 
 
+class Written(NamedTuple):
+    """A line that was written, and where."""
+
+    start: int
+    end: int
+    events: tuple[LedgerEvent, ...]
+
+
 class Segment:
     """One file of the journal, locked as long as this object is not closed. `size` is what may be read of it."""
 
-    __slots__ = ("damaged", "fd", "folded", "name", "path", "size")
+    __slots__ = ("damaged", "fd", "folded", "name", "path", "recent", "size")
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
@@ -52,6 +63,9 @@ class Segment:
         """Offset up to which the reader has taken it."""
         self.damaged = 0
         """Lines that could not be read."""
+        self.recent: deque[Written] = deque(maxlen=RECENT_LINES_MAX)
+        """The last lines this process wrote, as they were before they became bytes: who reads them in time need not
+        decode them again. What is missing here is in the file."""
 
     @property
     def writer(self) -> str:
@@ -103,7 +117,15 @@ def read(segment: Segment, *, batch_bytes: int) -> Iterator[Batch]:
     A last line without its newline is not read: it is being written, or it was torn by a crash and never counted.
     """
     offset, want = segment.folded, batch_bytes
-    while block := os.pread(segment.fd, min(want, segment.size - offset), offset):
+    while True:
+        remembered = _remembered(segment, offset, batch_bytes)
+        if remembered is not None:
+            offset = remembered.end
+            yield remembered
+            continue
+        block = os.pread(segment.fd, min(want, segment.size - offset), offset)
+        if not block:
+            return
         whole = block.rfind(b"\n") + 1
         if not whole:
             if len(block) < want:
@@ -123,6 +145,19 @@ def read(segment: Segment, *, batch_bytes: int) -> Iterator[Batch]:
             except ValueError:  # also msgspec's errors and a checksum that is not hex
                 damaged += line != b""
         yield Batch(events, offset, damaged)
+
+
+def _remembered(segment: Segment, offset: int, batch_bytes: int) -> Batch | None:
+    """The lines at this offset from memory; None when they must be read."""
+    recent = segment.recent
+    events: list[LedgerEvent] = []
+    end = offset
+    while recent and recent[0].start <= end and end - offset < batch_bytes:
+        line = recent.popleft()
+        if line.start == end:
+            events += line.events
+            end = line.end
+    return Batch(events, end, 0) if events else None
 
 
 class Journal:
@@ -173,7 +208,7 @@ class Journal:
         with self._lock:
             if self.trouble is None:
                 try:
-                    self._append(line)
+                    self._append(line, events)
                 except OSError as error:
                     self._begin_trouble(error)
                 else:
@@ -268,7 +303,7 @@ class Journal:
                     path.unlink()
         return claim
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, line: bytes, events: tuple[LedgerEvent, ...] | None = None) -> None:
         """Append the whole line, or raise and leave the file as it was."""
         segment = self.segments[-1]
         done = os.write(segment.fd, line)
@@ -280,8 +315,11 @@ class Journal:
                 # What follows a torn line would be lost with it.
                 os.ftruncate(segment.fd, segment.size)
                 raise
+        start = segment.size
         segment.size += done
         self.written += done
+        if events is not None:
+            segment.recent.append(Written(start, segment.size, events))
 
     def _begin_trouble(self, error: OSError) -> None:
         if self.trouble is None:

@@ -23,10 +23,10 @@ from headgate.storage.journal import Durability, Journal, Segment, read
 from headgate.storage.ledger_tables import LedgerTables
 
 FOLD_EVERY_S = 0.2
-FOLD_EVENTS = 500
+FOLD_EVENTS = 4000
 """Events that wake the writer before its time."""
-BATCH_BYTES = 128 << 10
-"""About 500 events: what one transaction holds the GIL for is some milliseconds."""
+BATCH_BYTES = 256 << 10
+"""About 1,000 events: what one transaction holds the GIL for is some milliseconds."""
 START_WAIT_S = 5.0
 """How long a start waits for the replay of what dead processes left. Some 250,000 calls; more are folded beside the
 new ones, so that a database that was away for a day does not keep the door shut (failure-model I14: ready in 10 s)."""

@@ -6,6 +6,7 @@ What it is not: the reports (`reports.py`). One thread uses one of these; errors
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +14,10 @@ from sqlalchemy.dialects.sqlite import insert
 
 from headgate.storage.fold import CallRow, call_from_columns
 from headgate.storage.tables import attempts, calls, journal_positions
+
+ROWS_PER_STATEMENT = 50
+"""Rows that one statement writes. A statement for each row takes and gives back the interpreter's lock each time, and
+under a busy event loop every one of those is a switch between threads."""
 
 
 class LedgerTables:
@@ -25,8 +30,8 @@ class LedgerTables:
         self._connection = engine.raw_connection()
         self._cursor = self._connection.cursor()
         still_open = sa.text("'open'")
-        self._upsert_call = text(_upsert(calls, calls.c.state == still_open))
-        self._upsert_attempt = text(_upsert(attempts, attempts.c.state == still_open))
+        self._upsert_call = _Upsert(text(_upsert(calls, calls.c.state == still_open)), len(calls.columns))
+        self._upsert_attempt = _Upsert(text(_upsert(attempts, attempts.c.state == still_open)), len(attempts.columns))
         self._upsert_position = text(_upsert(journal_positions))
         call_id: sa.BindParameter[str] = sa.bindparam("call_id")
         segment: sa.BindParameter[str] = sa.bindparam("segment")
@@ -44,8 +49,8 @@ class LedgerTables:
         cursor = self._cursor
         cursor.execute("BEGIN IMMEDIATE")
         try:
-            cursor.executemany(self._upsert_call, call_rows)
-            cursor.executemany(self._upsert_attempt, attempt_rows)
+            self._upsert_call.write(cursor, call_rows)
+            self._upsert_attempt.write(cursor, attempt_rows)
             cursor.execute(self._upsert_position, (segment, offset))
             cursor.execute("COMMIT")
         except BaseException:
@@ -90,6 +95,24 @@ class LedgerTables:
             dict(zip(calls.columns.keys(), row, strict=True)),
             [dict(zip(attempts.columns.keys(), attempt, strict=True)) for attempt in tried],
         )
+
+
+class _Upsert:
+    """An upsert of whole rows, many to a statement."""
+
+    __slots__ = ("_many", "_one")
+
+    def __init__(self, statement: str, columns: int) -> None:
+        places = f"({', '.join('?' * columns)})"
+        assert statement.count(places) == 1, statement
+        self._one = statement
+        self._many = statement.replace(places, ", ".join([places] * ROWS_PER_STATEMENT))
+
+    def write(self, cursor: Any, rows: list[tuple[Any, ...]]) -> None:  # Any: a driver's cursor, and what it takes
+        whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
+        for at in range(0, whole, ROWS_PER_STATEMENT):
+            cursor.execute(self._many, tuple(chain.from_iterable(rows[at : at + ROWS_PER_STATEMENT])))
+        cursor.executemany(self._one, rows[whole:])
 
 
 def _upsert(table: sa.Table, where: sa.ColumnElement[bool] | None = None) -> sa.Executable:
