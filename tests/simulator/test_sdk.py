@@ -200,18 +200,22 @@ def test_the_cache_is_written_once_and_then_read(client: anthropic.Anthropic) ->
 
 
 def test_diagnostics_name_the_first_thing_that_changed(client: anthropic.Anthropic) -> None:
-    def ask(system: str, text: str, previous: str | None) -> Any:
+    def ask(system: str, text: str, previous: str | None, **more: Any) -> Any:
         return client.messages.create(
-            model=MODEL,
             max_tokens=10,
             system=system,
             messages=said(text),
             diagnostics={"previous_message_id": previous},
+            **{"model": MODEL} | more,
         )
 
     first = ask("a", "hello", None)
     assert first.diagnostics is None
     assert ask("a", "hello", first.id).diagnostics is None
+    assert (
+        ask("a", "hello", first.id, thinking={"type": "adaptive"}).diagnostics.cache_miss_reason.type == "unavailable"
+    )
+    assert ask("a", "hello", first.id, model="claude-opus-4-7").diagnostics.cache_miss_reason.type == "model_changed"
     assert ask("b", "hello", first.id).diagnostics.cache_miss_reason.type == "system_changed"
     assert ask("a", "other", first.id).diagnostics.cache_miss_reason.type == "messages_changed"
     assert ask("a", "hello", "msg_unknown").diagnostics.cache_miss_reason.type == "previous_message_not_found"

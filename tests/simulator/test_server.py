@@ -230,6 +230,19 @@ def test_reset_forgets_everything_and_takes_a_new_seed(simulator: Any) -> None:
     assert ask() == first
 
 
+def test_reset_forgets_caches_and_batches(simulator: Any) -> None:
+    system = [{"type": "text", "text": "rule " * 2_000, "cache_control": {"type": "ephemeral"}}]
+    post(simulator, body(system=system))
+    batch = {"requests": [{"custom_id": "a", "params": body()}]}
+    assert post(simulator, batch, "/v1/messages/batches")[0] == 200
+    simulator.order("/sim/reset", {})
+    assert simulator.get("/sim/cache")["entries"] == []
+    connection = http.client.HTTPConnection("127.0.0.1", simulator.port, timeout=10)
+    connection.request("GET", "/v1/messages/batches", headers=HEADERS)
+    assert json.load(connection.getresponse())["data"] == []
+    connection.close()
+
+
 def test_the_bill_matches_the_usage_that_was_answered(simulator: Any) -> None:
     total = 0
     for n in range(4):
@@ -241,6 +254,8 @@ def test_the_bill_matches_the_usage_that_was_answered(simulator: Any) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", simulator.port, timeout=10)
     connection.request("GET", "/v1/organizations/cost_report?starting_at=2020-01-01T00:00:00Z", headers=HEADERS)
     report = json.load(connection.getresponse())
+    connection.request("GET", "/v1/organizations/cost_report?starting_at=2999-01-01T00:00:00Z", headers=HEADERS)
+    assert json.load(connection.getresponse())["data"] == []
     connection.request("GET", "/v1/organizations/usage_report/messages?group_by%5B%5D=model", headers=HEADERS)
     usage = json.load(connection.getresponse())
     connection.close()
