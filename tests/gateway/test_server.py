@@ -321,7 +321,8 @@ def test_a_connection_is_kept_and_closed_when_the_client_asks(run):
             client.send(get(b"/last", b"connection: close"))
             await client.end()
             assert parse(client.data)[-1].headers["connection"] == "close"
-            assert len(it.server) == 0
+            await client.close()
+            await until(lambda: len(it.server) == 0)
 
     run(test)
 

@@ -187,7 +187,7 @@ async def scene(
             it.sessions_reused.append(ssl_object.session_reused)
         try:
             await script(Line(reader, writer, it.received), it.connections)
-        except (ConnectionError, asyncio.CancelledError, ssl.SSLError):
+        except (ConnectionError, RuntimeError, asyncio.CancelledError, ssl.SSLError):
             pass
         finally:
             it.open_now -= 1
