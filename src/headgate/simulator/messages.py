@@ -25,6 +25,7 @@ from headgate.simulator.jsonvalue import object_in
 from headgate.simulator.playback import Ending, Playback
 from headgate.simulator.prompt import Prompt, build_prompt
 from headgate.simulator.records import Exchange
+from headgate.simulator.ticker import Wake
 from headgate.simulator.usage import ServiceTier, Usage
 from headgate.simulator.validate import Ask, check_context, check_version, read_ask, read_body
 from headgate.simulator.world import Fingerprint, World
@@ -286,11 +287,24 @@ def _answer(call: Call, job: Job) -> None:
     world.open[exchange.number] = exchange
     if ask.stream:
         call.reply.on_gone = partial(_left_before_first_byte, call, job, answer)
-        world.ticker.at(first_s, partial(_stream, call, job, answer, rate))
+        _when(world, first_s, job.started_s, partial(_stream, call, job, answer, rate))
     else:
         call.reply.on_gone = partial(_note_client_left, call)
-        world.ticker.at(first_s, lambda _: world.cache.store(job.use, model=ask.model.id, started_s=job.started_s))
-        world.ticker.at(first_s + duration_s(answer, rate), partial(_whole, call, job, answer))
+        _when(
+            world,
+            first_s,
+            job.started_s,
+            lambda _: world.cache.store(job.use, model=ask.model.id, started_s=job.started_s),
+        )
+        _when(world, first_s + duration_s(answer, rate), job.started_s, partial(_whole, call, job, answer))
+
+
+def _when(world: World, due_s: float, now_s: float, wake: Wake) -> None:
+    """Calls `wake` at its time: at once when that is now, because a slot of the ticker is an eternity at speed 0."""
+    if due_s <= now_s:
+        wake(now_s)
+    else:
+        world.ticker.at(due_s, wake)
 
 
 def _stream(call: Call, job: Job, answer: Answer, rate: Rate, now_s: float) -> None:
