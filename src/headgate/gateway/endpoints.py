@@ -25,7 +25,8 @@ from headgate.policy.bad_key_throttle import AddressThrottle
 from headgate.policy.records import ClientRequest, Principal, Refused, Scope
 from headgate.storage.interfaces import KeyRefused, KeyRing, KeysUnavailable
 from headgate.wire import errors
-from headgate.wire.batches import rewrite_results_urls
+from headgate.wire.batches import request_params, rewrite_results_urls
+from headgate.wire.message import InvalidBody, scan
 
 log = structlog.get_logger()
 
@@ -134,7 +135,7 @@ class Endpoints:
             self._refuse(exchange, principal)
             return
         if route.kind != "messages":
-            admitted = admit(principal, scope=route.scope, model="")
+            admitted = admit(principal, scope=route.scope, model=None)
             if isinstance(admitted, Refused):
                 self._refuse(exchange, admitted)
                 return
@@ -171,6 +172,11 @@ class Endpoints:
         if route.kind == "messages":
             self._pipeline.start(exchange, request, principal, whose)
             return
+        if principal.models and route.label == "batches" and body:
+            refused = _batch_refusal(body, principal)
+            if refused is not None:
+                self._refuse(exchange, refused)
+                return
         rewrite = None
         if route.names_results:
             rewrite = functools.partial(rewrite_results_urls, base_url=self._base_url(exchange))
@@ -254,6 +260,19 @@ def _attribution(exchange: Exchange, principal: Principal, label: str) -> Attrib
         conversation=_named(exchange, b"x-headgate-conversation"),
         deadline_s=_deadline_s(exchange.header.get(b"x-headgate-deadline-s")),
     )
+
+
+def _batch_refusal(body: bytes, principal: Principal) -> Refused | None:
+    """Why a batch may not be created by a key that is limited to some models; what cannot be read is refused unseen."""
+    try:
+        models = [scan(params).model for params in request_params(body)]
+    except InvalidBody as error:
+        return refusals.bad_request(str(error))
+    for model in models:
+        admitted = admit(principal, scope="batch", model=model)
+        if isinstance(admitted, Refused):
+            return admitted
+    return None
 
 
 def _named(exchange: Exchange, header: bytes) -> str:

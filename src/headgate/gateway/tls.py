@@ -22,7 +22,7 @@ def client_context() -> ssl.SSLContext:
 class TlsPipe:
     """One TLS session over one transport. Bytes from the wire go into `receive`, plain bytes out of it."""
 
-    __slots__ = ("_incoming", "_object", "_outgoing", "_transport", "established")
+    __slots__ = ("_incoming", "_object", "_outgoing", "_transport", "established", "said_goodbye")
 
     def __init__(
         self, context: ssl.SSLContext, transport: asyncio.Transport, server_name: str, session: ssl.SSLSession | None
@@ -32,6 +32,8 @@ class TlsPipe:
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name, session=session)
         self._transport = transport
         self.established = False
+        self.said_goodbye = False
+        """Whether the other side ended the session itself: without it, anybody on the way may have cut the end off."""
 
     def start(self) -> None:
         """Say hello. Raises ssl.SSLError."""
@@ -51,7 +53,10 @@ class TlsPipe:
         try:
             while piece := self._object.read(_PLAIN_BYTES):
                 pieces.append(piece)
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            self.said_goodbye = True
+        except ssl.SSLZeroReturnError:
+            self.said_goodbye = True
+        except ssl.SSLWantReadError:
             pass
         self._flush()
         return pieces

@@ -24,8 +24,9 @@ from headgate.policy.records import Failure, FailureKind
 READ_BUFFER_BYTES = 64 << 10
 HEADER_BYTES_MAX = 64 << 10
 ANSWER_BYTES_MAX = 64 << 20
-"""Of an answer that is not streamed; it is held whole, so that a cut one can be tried again."""
-DECODED_RATIO_MAX = 100
+"""Of an answer that is not streamed, decoded; it is held whole, so that a cut one can be tried again."""
+SETTLE_S = 1.0
+"""What the end of an answer that is known to be whole may take to arrive, before its connection is dropped."""
 WAITERS_MAX = 10_000
 
 _read_buffer = bytearray(READ_BUFFER_BYTES)
@@ -155,19 +156,22 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     __slots__ = (
         "_answer",
         "_decoder",
+        "_done",
         "_first_byte_timeout_s",
         "_handshaken",
         "_header_bytes",
         "_in_head",
         "_informational",
+        "_keep_alive",
         "_parser",
         "_paused",
-        "_settling",
+        "_settle_until",
         "_tls",
         "_transport",
         "_upstream",
         "_waiting",
         "closed",
+        "dropped",
         "idle_since",
         "last_byte_at",
         "sent_at",
@@ -185,11 +189,14 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._decoder: zlib._Decompress | None = None
         self._in_head = False
         self._informational = False
+        self._keep_alive = False
         self._header_bytes = 0
         self._paused = False
-        self._settling = False
+        self._settle_until: float | None = None
+        self._done: Answer | None = None
         self._first_byte_timeout_s = 0.0
         self.closed = False
+        self.dropped = False
         self.idle_since = 0.0
         self.sent_at = 0.0
         self.last_byte_at = 0.0
@@ -210,10 +217,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         A streamed answer is told at its head, any other one when it is whole.
         """
         assert self._waiting is None
+        if self.dropped or self.closed:
+            waiting.set_result(Failure(kind="connect", message="The connection was lost before its use.", sent=False))
+            return
         self._first_byte_timeout_s = first_byte_timeout_s
         self._waiting = waiting
         self._answer = None
-        self._settling = False
+        self._settle_until = None
         self.served += 1
         self.sent_at = self.last_byte_at = self._upstream.clock()
         if self._tls is not None:
@@ -223,8 +233,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def settle(self) -> None:
         """Nobody wants the rest of the answer; an end that has been said already may still come and free the line."""
-        self._settling = True
-        self.last_byte_at = self._upstream.clock()
+        self._settle_until = self._upstream.clock() + SETTLE_S
 
     def pause(self, paused: bool) -> None:
         """Backpressure; a pause is no stall."""
@@ -237,8 +246,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
 
     def abort(self) -> None:
-        """Close at once."""
-        if not self.closed:
+        """Close at once, and serve nobody any more."""
+        if not self.dropped:
+            self.dropped = True
+            self._upstream.forget(self)
             self._transport.abort()
 
     @property
@@ -251,8 +262,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if self._waiting is not None and self._answer_head_missing():
             if now - self.sent_at > self._first_byte_timeout_s:
                 self._fail("timeout", "Anthropic did not begin to answer in time.")
-        elif self._settling:
-            if now - self.last_byte_at > 1.0:
+        elif self._settle_until is not None:
+            if now > self._settle_until:
                 self.abort()
         elif (
             (self._waiting is not None or self._answer is not None)
@@ -295,12 +306,12 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Gone. An answer whose end is the connection's end is whole now, any other one is cut."""
-        self.closed = True
+        self.closed = self.dropped = True
         if self._handshaken is not None and not self._handshaken.done():
             self._handshaken.set_exception(ConnectionResetError("closed during the TLS handshake"))
         answer = self._answer
         if answer is not None and not self._in_head and exc is None and self._ends_with_connection(answer):
-            self._complete()
+            self._complete(answer)
         elif answer is not None and not self._in_head:
             self._fail("truncated", "Anthropic ended the connection in the middle of its answer.")
         else:
@@ -311,6 +322,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         """First byte of an answer."""
+        if self._waiting is None:
+            # Nobody asked for it: what follows an answer must not become the next caller's.
+            self.abort()
+            return
         self._in_head = True
         self._header_bytes = 0
         self._answer = Answer(self)
@@ -333,7 +348,11 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         answer.head_at = self._upstream.clock()
         lower = _lower_names
         answer.header_map = headers = {lower[name]: value for name, value in answer.headers}
-        self._decoder = self._decoder_for(headers.get(b"content-encoding", b"identity"))
+        encoding = headers.get(b"content-encoding", b"identity")
+        self._decoder = _decoder_for(encoding)
+        if self._decoder is None and encoding.strip().lower() not in (b"", b"identity"):
+            self._fail("malformed", "Anthropic's answer has a content encoding that was not asked for.")
+            return
         answer.streamed = answer.status == 200 and _is_streamed(headers.get(b"content-type", b""))
         if answer.streamed:
             self._answered(answer)
@@ -341,26 +360,25 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
         answer = self._answer
-        if answer is None:
+        if answer is None or self._settle_until is not None:
             return
         if self._decoder is not None:
             try:
-                data = self._decoder.decompress(data, DECODED_RATIO_MAX * len(data) + 1024)
+                data = self._decoder.decompress(data, ANSWER_BYTES_MAX)
             except zlib.error:
-                data = b""
-            if self._decoder.unconsumed_tail or not data:
                 self._fail("malformed", "Anthropic's compressed answer cannot be decoded.")
                 return
-        if not answer.take(data):
+        if (data and not answer.take(data)) or (self._decoder is not None and self._decoder.unconsumed_tail):
             self._fail("malformed", f"Anthropic's answer is larger than {ANSWER_BYTES_MAX} bytes.")
 
     def on_message_complete(self) -> None:
-        """The answer is whole."""
+        """The answer is whole, if it is not just a 1xx. What is done about it waits until all that came is parsed."""
         if self._informational:
             self._informational = False
             self._answer = None
-            return
-        self._complete()
+        elif not self.dropped:
+            self._done = self._answer
+            self._keep_alive = self._parser.should_keep_alive()
 
     # inside
 
@@ -379,14 +397,18 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES_MAX:
                 self._fail("malformed", f"Anthropic's header is larger than {HEADER_BYTES_MAX} bytes.")
+        done, self._done = self._done, None
+        if done is not None and self._answer is done:
+            self._complete(done)
 
-    def _complete(self) -> None:
-        answer, self._answer = self._answer, None
-        if answer is None:
+    def _complete(self, answer: Answer) -> None:
+        if self._decoder is not None and not self._decoder.eof:
+            self._fail("truncated", "Anthropic's compressed answer ended early.")
             return
+        self._answer = None
         if self._waiting is not None:
             self._answered(answer)
-        if not self.closed and self._parser.should_keep_alive():
+        if not self.dropped and self._keep_alive:
             # Free the line before the end is told: whoever hears it may want to send at once.
             self.pause(False)
             self._upstream.release(self)
@@ -423,19 +445,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         return self._answer is None or self._in_head
 
     def _ends_with_connection(self, answer: Answer) -> bool:
+        """Whether the connection's end may be the answer's; with TLS, only when it was said and not just done."""
         headers = answer.header_map
-        return b"content-length" not in headers and b"chunked" not in headers.get(b"transfer-encoding", b"").lower()
-
-    @staticmethod
-    def _decoder_for(encoding: bytes) -> zlib._Decompress | None:
-        # We ask for `identity`; an edge in between may compress all the same.
-        match encoding.strip().lower():
-            case b"gzip":
-                return zlib.decompressobj(16 + zlib.MAX_WBITS)
-            case b"deflate":
-                return zlib.decompressobj()
-            case _:
-                return None
+        framed = b"content-length" in headers or b"chunked" in headers.get(b"transfer-encoding", b"").lower()
+        return not framed and (self._tls is None or self._tls.said_goodbye)
 
 
 class Upstream:
@@ -503,7 +516,7 @@ class Upstream:
         for connection in list(self._open):
             connection.tick(now, settings)
         while self._idle and now - self._idle[0].idle_since > settings.idle_timeout_s:
-            self._idle.pop(0).abort()
+            self._idle[0].abort()
 
     def close(self) -> None:
         """Drop all connections."""
@@ -527,16 +540,20 @@ class Upstream:
         if connection.served:
             self._session = connection.session or self._session
         self._open.discard(connection)
+        self.forget(connection)
+        self._wake_one()
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """It serves nobody any more; its place is free once it is closed."""
         if connection in self._idle:
             self._idle.remove(connection)
-        self._wake_one()
 
     # inside
 
     def _take_idle(self) -> UpstreamConnection | None:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.closed:
+            if not connection.dropped:
                 return connection
         return None
 
@@ -550,8 +567,11 @@ class Upstream:
             self._connecting += 1
             try:
                 _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self._host, self._port)
-            finally:
+            except BaseException:
                 self._connecting -= 1
+                self._wake_one()
+                raise
+            self._connecting -= 1
             self._open.add(connection)
             if self._context is not None:
                 try:
@@ -568,9 +588,13 @@ class Upstream:
         self._waiters.append(waiter)
         try:
             await waiter
-        finally:
+        except BaseException:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+            elif not waiter.cancelled():
+                # Called and gone in the same turn: the call is passed on.
+                self._wake_one()
+            raise
         return self._take_idle()
 
     def _wake_one(self) -> None:
@@ -579,6 +603,17 @@ class Upstream:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+
+def _decoder_for(encoding: bytes) -> zlib._Decompress | None:
+    """We ask for `identity`; an edge in between may compress all the same."""
+    match encoding.strip().lower():
+        case b"gzip":
+            return zlib.decompressobj(16 + zlib.MAX_WBITS)
+        case b"deflate":
+            return zlib.decompressobj()
+        case _:
+            return None
 
 
 class _LowerNames(dict[bytes, bytes]):

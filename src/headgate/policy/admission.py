@@ -8,8 +8,8 @@ from __future__ import annotations
 from headgate.policy.records import Admitted, Principal, Refused, Scope
 
 
-def admit(principal: Principal, *, scope: Scope, model: str) -> Admitted | Refused:
-    """Whether this principal may use this scope and model. `model` may be empty where none is named."""
+def admit(principal: Principal, *, scope: Scope, model: str | None) -> Admitted | Refused:
+    """Whether this principal may use this scope and model. `model` is None where the request is about none."""
     if scope not in principal.scopes and not (scope == "messages" and "app" in principal.scopes):
         return Refused(
             status=403,
@@ -17,7 +17,7 @@ def admit(principal: Principal, *, scope: Scope, model: str) -> Admitted | Refus
             error_code="scope_missing",
             message=f"This key does not have the scope '{scope}'.",
         )
-    if model and principal.models and model not in principal.models:
+    if model is not None and principal.models and model not in principal.models:
         return Refused(
             status=403,
             error_type="permission_error",

@@ -35,6 +35,20 @@ def rewrite_results_urls(body: bytes, base_url: str) -> bytes:
     return splice(body, splices)
 
 
+def request_params(body: bytes) -> list[bytes]:
+    """The `params` of every request of a batch that is to be created. Raises InvalidBody when it is no such body."""
+    requests = scan(body).fields.get("requests")
+    if requests is None or body[requests.start] != ord("["):
+        raise InvalidBody("requests: Input should be a valid list")
+    found = []
+    for request in elements(body, requests):
+        params = members(body, request).get("params")
+        if params is None:
+            raise InvalidBody("requests: params: Field required")
+        found.append(params.of(body))
+    return found
+
+
 def _moved(raw: bytes, base_url: str) -> bytes | None:
     """The JSON string with its origin replaced; None when it is null or leads to something else."""
     if not raw.startswith(b'"'):
