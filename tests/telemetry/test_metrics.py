@@ -71,6 +71,23 @@ def test_models_that_callers_invent_share_one_label(line) -> None:
     assert attempts["headgate_attempts_total{'model': 'other'}"] == 1500
 
 
+def test_endpoints_that_callers_invent_share_one_label(line) -> None:
+    metrics = CallMetrics(dict)
+    for number in range(12_000):
+        metrics.observe(line(**COMPLETED | {"endpoint": f"endpoint-{number}"}))
+    calls = {name: value for name, value in scrape(metrics).items() if name.startswith("headgate_calls_total")}
+    assert len(calls) <= 5_001
+    assert sum(calls.values()) == 12_000
+    assert any("'endpoint': 'other'" in name for name in calls)
+
+
+def test_series_stay_few_also_where_models_and_endpoints_are_invented_together(line) -> None:
+    metrics = CallMetrics(dict)
+    for number in range(20_000):
+        metrics.observe(line(**COMPLETED | {"endpoint": f"e{number % 300}", "model": f"m{number % 700}"}))
+    assert sum(name.startswith("headgate_calls_total") for name in scrape(metrics)) <= 5_600
+
+
 def test_gauges_are_read_at_the_scrape(line) -> None:
     gauges = {"calls_open": 1}
     metrics = CallMetrics(lambda: gauges)

@@ -6,6 +6,8 @@ Every field is explained in docs/log-fields.md, and a test holds that page to th
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 
@@ -48,8 +50,14 @@ class LogLine(msgspec.Struct, frozen=True, gc=False):
 
 
 _encoder = msgspec.json.Encoder()
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
+"""What JSON does not ask to be escaped and readers of lines take for an end or a command: DEL, C1 with its line end and
+its CSI, U+2028 and U+2029 (failure-model §2.3)."""
 
 
 def encode(line: LogLine) -> bytes:
-    """The line as JSON with its line feed: control characters are escaped, so one call is one line."""
-    return _encoder.encode(line) + b"\n"
+    """The line as JSON with its line feed: one call is one line, and none speaks to a terminal."""
+    data = _encoder.encode(line) + b"\n"
+    if data.isascii() and b"\x7f" not in data:
+        return data
+    return _CONTROLS.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), data)

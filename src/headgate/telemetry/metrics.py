@@ -17,6 +17,7 @@ from headgate.telemetry.log_line import LogLine
 
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _LABELS_MAX = 500
+_SERIES_MAX = 5000
 
 
 class _Histogram:
@@ -59,7 +60,10 @@ class CallMetrics(Collector):
         if model not in self._attempts and len(self._attempts) >= _LABELS_MAX:
             # A label that a caller can choose must not grow without bound.
             model = "other"
-        self._calls[model, line.endpoint, line.outcome, str(line.status)] += 1
+        series = (model, line.endpoint, line.outcome, str(line.status))
+        if series not in self._calls and len(self._calls) >= _SERIES_MAX:
+            series = (model, "other", line.outcome, str(line.status))
+        self._calls[series] += 1
         tokens = self._tokens
         tokens[model, "input"] += line.input_tokens
         tokens[model, "cache_read"] += line.cache_read_tokens
