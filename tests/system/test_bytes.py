@@ -531,6 +531,17 @@ def test_an_error_of_anthropics_passes_to_the_byte(scripted, scripted_gateway, s
     assert response.header(b"x-should-retry") == b"false"
 
 
+@pytest.mark.parametrize("status", [429, 500, 529])
+def test_where_anthropic_says_not_to_retry_it_is_asked_once(scripted, scripted_gateway, scripted_key, status):
+    error = whole(b"%d Some Reason" % status, error_body("api_error"), b"x-should-retry: false", b"retry-after: 1")
+    name = scripted.plan(error)
+    line = request("POST", MESSAGES, [VERSION, (b"x-api-key", scripted_key)], asked(name, stream=False))
+    (response,) = send(scripted_gateway.url, line)
+    assert (response.status, response.header(b"x-should-retry")) == (status, b"false")
+    assert response.header(b"retry-after") == b"1"
+    assert len(scripted.attempts(name)) == 1
+
+
 def test_an_error_of_a_path_that_is_no_message_passes_to_the_byte(simulator, gateway, key):
     for method, target in (
         ("GET", "/v1/models/claude-nonesuch"),

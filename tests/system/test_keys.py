@@ -402,6 +402,37 @@ def test_a_key_expires_while_the_gateway_runs(gateway, address):
     assert call(gateway, made["key"], source=address).error_code == "invalid_key"
 
 
+# in whose name
+
+NAMED = {"x-headgate-user": "minh", "x-headgate-tier": "paid", "x-headgate-conversation": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("scope", "headers", "user_id", "expected"),
+    [
+        ("messages", {}, None, ("owner", "free", "")),
+        ("messages", NAMED, "session-1", ("owner", "free", "")),
+        ("app", {}, None, ("owner", "free", "")),
+        ("app", {}, "session-1", ("session-1", "free", "")),
+        ("app", NAMED, None, ("minh", "paid", "c1")),
+        ("app", NAMED, "session-1", ("minh", "paid", "c1")),
+    ],
+)
+def test_only_an_apps_key_speaks_for_others(gateway, scope, headers, user_id, expected):
+    made = create(gateway, "--owner", "owner", "--scope", scope)
+    body = json.loads(BODY) | ({"metadata": {"user_id": user_id}} if user_id else {})
+    lines = {"x-api-key": made["key"], "anthropic-version": "2023-06-01"} | headers
+    response = ask(gateway.url, "POST", "/v1/messages", lines, json.dumps(body).encode())
+    assert response.status == 200
+
+    def row() -> dict | None:
+        found = json.loads(gateway.headgate("calls", "--limit", "50", "--json").stdout)["calls"]
+        return next((one for one in found if one["key_id"] == made["id"]), None)
+
+    found = until(row, what="the call in the ledger")
+    assert (found["user"], found["tier"], found["conversation"]) == expected
+
+
 # models
 
 OTHER = "claude-sonnet-4-6"

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -50,7 +51,8 @@ def sdk0(place, request):
     if os.environ.get(SDK0_SKIP) == "1":
         pytest.skip(f"{SDK0_SKIP}=1")
     folder = os.environ.get(SDK0_FOLDER) or request.config.cache.mkdir("sdk0")
-    return run_program(sdk0_python(Path(folder)), place, version="0.125.0")
+    (version,) = re.findall(r"^anthropic==(0\.\S+)", SDK0_LOCK.read_text(), re.MULTILINE)
+    return run_program(sdk0_python(Path(folder)), place, version=version)
 
 
 @pytest.mark.parametrize("law", LAWS)
