@@ -25,6 +25,9 @@ READ_BUFFER_BYTES = 64 << 10
 HEADER_BYTES_MAX = 64 << 10
 ANSWER_BYTES_MAX = 64 << 20
 """Of an answer that is not streamed, decoded; it is held whole, so that a cut one can be tried again."""
+DECODED_RATIO_MAX = 100
+DECODED_BYTES_FREE = 1 << 20
+"""Of a compressed answer: beyond the first MiB at most a hundred bytes for each that came (failure-model §2.1)."""
 SETTLE_S = 1.0
 """What the end of an answer that is known to be whole may take to arrive, before its connection is dropped."""
 WAITERS_MAX = 10_000
@@ -155,8 +158,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_answer",
+        "_decoded_bytes",
         "_decoder",
         "_done",
+        "_encoded_bytes",
         "_first_byte_timeout_s",
         "_handshaken",
         "_header_bytes",
@@ -187,6 +192,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._answer: Answer | None = None
         self._waiting: asyncio.Future[Answer | Failure] | None = None
         self._decoder: zlib._Decompress | None = None
+        self._encoded_bytes = 0
+        self._decoded_bytes = 0
         self._in_head = False
         self._informational = False
         self._keep_alive = False
@@ -322,7 +329,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         """First byte of an answer."""
-        if self._waiting is None:
+        if self._waiting is None or self._done is not None:
             # Nobody asked for it: what follows an answer must not become the next caller's.
             self.abort()
             return
@@ -338,7 +345,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def on_headers_complete(self) -> None:
         """The head is whole."""
         answer = self._answer
-        if answer is None:
+        if answer is None or self._done is not None:
             return
         self._in_head = False
         answer.status = self._parser.get_status_code()
@@ -348,6 +355,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         answer.head_at = self._upstream.clock()
         lower = _lower_names
         answer.header_map = headers = {lower[name]: value for name, value in answer.headers}
+        self._encoded_bytes = self._decoded_bytes = 0
         encoding = headers.get(b"content-encoding", b"identity")
         self._decoder = _decoder_for(encoding)
         if self._decoder is None and encoding.strip().lower() not in (b"", b"identity"):
@@ -360,15 +368,21 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
         answer = self._answer
-        if answer is None or self._settle_until is not None:
+        if answer is None or self._done is not None or self._settle_until is not None:
             return
         if self._decoder is not None:
+            self._encoded_bytes += len(data)
+            room = DECODED_BYTES_FREE + DECODED_RATIO_MAX * self._encoded_bytes - self._decoded_bytes
             try:
-                data = self._decoder.decompress(data, ANSWER_BYTES_MAX)
+                data = self._decoder.decompress(data, max(room, 1))
             except zlib.error:
                 self._fail("malformed", "Anthropic's compressed answer cannot be decoded.")
                 return
-        if (data and not answer.take(data)) or (self._decoder is not None and self._decoder.unconsumed_tail):
+            self._decoded_bytes += len(data)
+            if self._decoder.unconsumed_tail:
+                self._fail("malformed", "Anthropic's compressed answer is too large once it is decoded.")
+                return
+        if data and not answer.take(data):
             self._fail("malformed", f"Anthropic's answer is larger than {ANSWER_BYTES_MAX} bytes.")
 
     def on_message_complete(self) -> None:
@@ -376,7 +390,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if self._informational:
             self._informational = False
             self._answer = None
-        elif not self.dropped:
+        elif self._done is None and not self.dropped:
             self._done = self._answer
             self._keep_alive = self._parser.should_keep_alive()
 
@@ -391,8 +405,11 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._fail("malformed", "Anthropic's answer is not well-formed HTTP/1.1.")
-            return
+            if self._done is None:
+                self._fail("malformed", "Anthropic's answer is not well-formed HTTP/1.1.")
+                return
+            # The answer is whole; what came after it is not, and the line is not used again.
+            self.abort()
         if self._in_head:
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES_MAX:

@@ -87,7 +87,8 @@ def migrate(data_dir: Path, *, now_ns: Callable[[], int]) -> Migration:
     config.set_main_option("script_location", str(_MIGRATIONS))
     engine = _engine(path)
     with begin_write(engine) as connection:
-        # A process that started beside us may have been first; then this finds nothing to do.
+        # SQLite rolls back DDL too: all revisions or none. A process that started beside us may have been first; then
+        # this finds nothing to do.
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
     engine.dispose()

@@ -68,7 +68,6 @@ class LocalLedger:
         self._unfolded_events = 0
         self._folded = 0
         self._retired_bytes = 0
-        self._stale = False
         self._progress = threading.Condition()
         self._wake = threading.Event()
         self._suspects: set[str] = set()
@@ -148,8 +147,9 @@ class LocalLedger:
             self._wake.clear()
             try:
                 self._cycle()
-            except Exception as error:  # the top of a thread: what it could not do is shown, and tried again
-                self._stale = True
+            except Exception as error:
+                # The top of a thread: what it could not do is shown and tried again, from the last commit. The fold
+                # is then told some events twice, which changes nothing.
                 self._tell_trouble(repr(error))
             else:
                 self._tell_trouble("")
@@ -158,23 +158,12 @@ class LocalLedger:
         # While the disk is full the database gets none of the room that was freed for endings.
         if not self._journal.recover():
             return
-        if self._stale:
-            self._fold = self._rebuilt()
-            self._stale = False
         suspects, self._suspects = self._suspects, set()
         self._fold_own()
         self._end([self._fold.open[call_id] for call_id in suspects & self._fold.open.keys()])
         self._fold_own()
         if self._adoption_due:
             self._adopt()
-
-    def _rebuilt(self) -> Fold:
-        """A fold that knows what the database knows: after a commit that failed, memory was ahead of it."""
-        fold = Fold(self._tables.find)
-        for call in self._tables.open_calls():
-            if call.writer == self._journal.writer:
-                fold.load(call)
-        return fold
 
     def _adopt(self) -> None:
         """Fold what dead processes left, close what they had open, delete their segments."""

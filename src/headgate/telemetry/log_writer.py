@@ -52,13 +52,12 @@ class LogWriter:
         if not lines:
             return
         batch = [lines.popleft() for _ in range(len(lines))]
-        for line in batch:
-            self._observe(line)
-        if self._fd is None:
-            return
-        data = memoryview(b"".join(map(encode, batch)))
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:
+            for line in batch:
+                self._observe(line)
+            if self._fd is not None:
+                data = memoryview(b"".join(map(encode, batch)))
+                while data:
+                    data = data[os.write(self._fd, data) :]
+        except Exception:  # the top of a thread: whatever one batch holds, the next must still be written
             self.dropped += len(batch)

@@ -4,11 +4,6 @@ from alembic import context
 
 from headgate.storage.tables import metadata
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    # SQLite rolls DDL back with its transaction, though alembic assumes it cannot: all revisions or none.
-    transactional_ddl=True,
-)
+context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
 with context.begin_transaction():
     context.run_migrations()
