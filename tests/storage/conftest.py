@@ -1,5 +1,6 @@
 """What the storage tests share: an empty database, a price that can be checked by head, and calls as events."""
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,3 +111,33 @@ def open_ledger(tmp_path: Path) -> Iterator[Callable[..., LocalLedger]]:
     for ledger, engine in opened:
         ledger.close()
         engine.dispose()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a file system of 2 MiB needs the right to mount one (root)")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.fixture
+def fill(small_disk: Path) -> Callable[[], Path]:
+    """Takes every byte that is left on the small disk, and gives back the file that holds them."""
+
+    def take() -> Path:
+        ballast = small_disk / "ballast"
+        with ballast.open("ab", buffering=0) as file:
+            for size in (4096, 1):
+                try:
+                    while file.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    continue
+        return ballast
+
+    return take

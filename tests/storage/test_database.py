@@ -31,6 +31,14 @@ def make(directory: Path, *statements: str, rows: int = 0) -> Path:
     return path
 
 
+def root_page(path: Path, name: str) -> int:
+    """The page, counted from 1, where the tree of a table or an index begins."""
+    connection = sqlite3.connect(path)
+    (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+    connection.close()
+    return int(root)
+
+
 def refused(directory: Path, *words: str) -> None:
     """The database is refused, twice, with these words, and not a byte is changed."""
     before = files(directory)
@@ -70,6 +78,16 @@ def test_a_database_with_bytes_overwritten_is_refused(tmp_path):
     refused(tmp_path, "damaged")
 
 
+def test_a_database_with_one_damaged_page_of_rows_is_refused(tmp_path):
+    path = make(tmp_path, rows=2_000)
+    content = bytearray(path.read_bytes())
+    root = root_page(path, "calls")
+    last_leaf = int.from_bytes(content[(root - 1) * 4096 + 8 : (root - 1) * 4096 + 12], "big")
+    content[(last_leaf - 1) * 4096 : last_leaf * 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    refused(tmp_path, "damaged")
+
+
 def test_a_database_that_was_cut_off_is_refused(tmp_path):
     path = make(tmp_path, rows=2_000)
     path.write_bytes(path.read_bytes()[: -4096 * 3])
@@ -87,9 +105,7 @@ def test_a_big_database_is_probed_where_rows_are_added(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "QUICK_CHECK_BYTES_MAX", 0)
     path = make(tmp_path, rows=5_000)
     open_database(tmp_path, now_ns=time.time_ns).dispose()
-    with sqlite3.connect(path) as connection:
-        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'calls_by_time'").fetchone()
-    connection.close()
+    root = root_page(path, "calls_by_time")
     content = bytearray(path.read_bytes())
     content[(root - 1) * 4096 : root * 4096] = b"\xff" * 4096
     path.write_bytes(content)

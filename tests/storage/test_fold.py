@@ -1,5 +1,6 @@
 """Laws of the fold: any batching and any replay make the same rows, and a call is closed once."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,6 +157,23 @@ def test_tokens_of_a_call_are_those_of_the_attempt_that_served(call):
     assert (row["input_tokens"], row["cache_read_tokens"], row["output_tokens"]) == (700, 50, 90)
     assert (row["state"], row["outcome"], row["cost_nanousd"]) == ("settled", "completed", 12_345)
     assert database.attempt(call(1).id, 1)["state"] == "void"
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (["void", "void"], "void"),
+        (["void", "settled"], "settled"),
+        (["settled", "void"], "settled"),
+        (["settled", "estimated"], "estimated"),
+        (["estimated", "settled"], "estimated"),
+        (["estimated", "void"], "estimated"),
+    ],
+)
+def test_a_call_is_estimated_when_any_part_of_its_bill_is(call, states, expected):
+    endings = [AttemptEnded(call(1).id, at, state, 200, Usage(), "", 0) for at, state in enumerate(states, start=1)]
+    database = told(*call(1).opening(), call(1).intent(2), *endings, call(1).closed())
+    assert database.call(call(1).id)["state"] == expected
 
 
 def test_a_second_ending_changes_nothing_and_is_counted(call):

@@ -15,8 +15,6 @@ from headgate.policy.records import LedgerEvent
 from headgate.storage.interfaces import LedgerUnavailable
 from headgate.storage.journal import Journal, Segment, line_of, read
 
-PAGE_BYTES = 4096
-
 
 def segment_of(path: Path, content: bytes) -> Segment:
     path.write_bytes(content)
@@ -36,29 +34,6 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     journal = Journal(tmp_path / "journal", now_ns=time.time_ns)
     yield journal
     journal.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a file system of 2 MiB needs the right to mount one (root)")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
-
-def fill(directory: Path) -> Path:
-    """Take every byte that is left, and give back the file that holds them."""
-    ballast = directory / "ballast"
-    with ballast.open("ab", buffering=0) as file:
-        for size in (PAGE_BYTES, 1):
-            try:
-                while file.write(bytes(size)) == size:
-                    pass
-            except OSError:
-                continue
-    return ballast
 
 
 def open_until_refused(journal: Journal, call: Callable[..., Any], *, first: int) -> int:
@@ -164,11 +139,11 @@ def test_a_directory_that_cannot_be_written_is_said_at_the_start(tmp_path):
         Journal(tmp_path / "journal", now_ns=time.time_ns)
 
 
-def test_on_a_full_disk_openings_are_refused_at_once_and_endings_still_fit(small_disk, call):
+def test_on_a_full_disk_openings_are_refused_at_once_and_endings_still_fit(small_disk, fill, call):
     journal = Journal(small_disk, now_ns=time.time_ns)
     for number in range(50):
         journal.write(call(number).opening())
-    fill(small_disk)
+    fill()
     opened = 50 + open_until_refused(journal, call, first=50)
     for number in range(opened):
         journal.write(call(number).ending())
@@ -179,15 +154,15 @@ def test_on_a_full_disk_openings_are_refused_at_once_and_endings_still_fit(small
     journal.close()
 
 
-def test_endings_beyond_the_reserve_wait_in_memory_and_are_written_when_space_returns(small_disk, call):
+def test_endings_beyond_the_reserve_wait_in_memory_and_are_written_when_space_returns(small_disk, fill, call):
     journal = Journal(small_disk, now_ns=time.time_ns)
     for number in range(50):
         journal.write(call(number).opening())
-    ballast = fill(small_disk)
+    ballast = fill()
     open_until_refused(journal, call, first=900)
     before = len(written_by(journal))
     journal.write((call(0).started(),))  # releases nothing more: the reserve is released already
-    fill(small_disk)
+    fill()
     for number in range(50):
         journal.write(call(number).ending())
     assert journal.held > 0
@@ -204,10 +179,10 @@ def test_endings_beyond_the_reserve_wait_in_memory_and_are_written_when_space_re
     journal.close()
 
 
-def test_what_comes_before_a_refused_opening_is_kept(small_disk, call):
+def test_what_comes_before_a_refused_opening_is_kept(small_disk, fill, call):
     journal = Journal(small_disk, now_ns=time.time_ns)
     journal.write(call(1).opening())
-    fill(small_disk)
+    fill()
     open_until_refused(journal, call, first=900)
     with pytest.raises(LedgerUnavailable):
         journal.write((call(1).failed(1), call(1).intent(2), call(1).ended(2)))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from headgate.storage.database import DATABASE_NAME
+from headgate.storage.interfaces import LedgerUnavailable
 from headgate.storage.journal import Journal
 from headgate.storage.ledger import LocalLedger
 
@@ -59,6 +60,14 @@ def test_what_was_written_can_be_queried_after_a_flush(tmp_path, open_ledger, ca
         (10, 123_450, "settled", "settled")
     ]
     assert ledger.snapshot().unfolded_bytes == 0
+
+
+def test_the_position_in_the_journal_is_stored_with_what_it_stands_for(tmp_path, open_ledger, call):
+    ledger = open_ledger()
+    ledger.write(*call(1).opening())
+    ledger.flush()
+    (path,) = segments(tmp_path)
+    assert rows(tmp_path, "SELECT segment, offset_bytes FROM journal_positions") == [(path.stem, path.stat().st_size)]
 
 
 def test_what_was_written_can_be_queried_soon_without_a_flush(tmp_path, open_ledger, call, eventually):
@@ -223,6 +232,55 @@ def test_a_locked_database_delays_the_fold_and_loses_nothing(tmp_path, open_ledg
     assert rows(tmp_path, "SELECT sum(cost_nanousd) FROM calls") == [(12_345,)]
     eventually(lambda: ledger.snapshot().fold_trouble == "")
     assert ledger.snapshot().contradictions == 0
+
+
+def test_on_a_full_disk_new_calls_are_refused_endings_are_kept_and_all_is_well_when_space_returns(
+    small_disk, fill, open_ledger, call, eventually
+):
+    ledger = open_ledger(small_disk)
+    for number in range(20):
+        ledger.write(*call(number).opening())
+    ledger.flush()
+    ballast = fill()
+    with pytest.raises(LedgerUnavailable, match="No space left"):
+        ledger.write(*call(99).opening(), *[call(99).started()] * 100)
+    fill()  # the reserve too
+    for number in range(20):
+        ledger.write(*call(number).ending())
+    assert ledger.snapshot().held_lines > 0
+    with pytest.raises(TimeoutError, match="No space left"):
+        ledger.flush(timeout_s=0.5)
+    ballast.unlink()
+    eventually(lambda: ledger.snapshot().journal_trouble == "")
+    ledger.flush()
+    assert states(small_disk) == {call(number).id: "settled" for number in range(20)}
+    ledger.write(*call(100).opening())
+    ledger.close()
+
+
+def test_a_start_does_not_wait_longer_than_it_may_and_the_rest_is_folded_beside_new_calls(
+    tmp_path, open_ledger, call, monkeypatch, eventually
+):
+    journal = Journal(tmp_path / "journal", now_ns=time.time_ns)
+    for number in range(2_000):
+        journal.write(call(number).opening())
+    journal.close()
+    monkeypatch.setattr("headgate.storage.ledger.START_WAIT_S", 0.0)
+    ledger = open_ledger()
+    ledger.write(*call(9_999).opening())
+    ledger.write(*call(9_999).ending())
+    eventually(lambda: list(states(tmp_path).values()).count("estimated") == 2_000)
+    ledger.flush()
+    assert states(tmp_path)[call(9_999).id] == "settled"
+
+
+def test_what_was_written_before_close_is_folded_by_it(tmp_path, open_ledger, call):
+    ledger = open_ledger()
+    for number in range(1_000):
+        ledger.write(*call(number).opening())
+        ledger.write(*call(number).ending())
+    ledger.close()
+    assert rows(tmp_path, "SELECT count(*) FROM calls WHERE state = 'settled'") == [(1_000,)]
 
 
 def test_durable_returns_at_once_unless_power_may_fail(tmp_path, open_ledger, call):

@@ -118,7 +118,8 @@ class LocalLedger:
         self._wake.set()
         with self._progress:
             if not self._progress.wait_for(lambda: self._folded >= target, timeout_s):
-                raise TimeoutError(f"not folded after {timeout_s} s: {self._fold_trouble or 'behind'}")
+                reason = self._fold_trouble or self._journal.trouble or "the fold is behind"
+                raise TimeoutError(f"not folded after {timeout_s} s: {reason}")
 
     def snapshot(self) -> LedgerSnapshot:
         """For any thread."""
@@ -142,9 +143,11 @@ class LocalLedger:
         self._tables.close()
 
     def _run(self) -> None:
-        while not self._stopping:
+        stopping = False
+        while not stopping:
             self._wake.wait(FOLD_EVERY_S)
             self._wake.clear()
+            stopping = self._stopping  # read before the cycle: what was written before `close` is folded by it
             try:
                 self._cycle()
             except Exception as error:
