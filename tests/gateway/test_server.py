@@ -451,6 +451,49 @@ def test_a_thousand_requests_behind_a_slow_one_neither_overflow_the_stack_nor_ge
     run(test)
 
 
+@pytest.mark.parametrize("count", [15, 16, 17, 40])
+def test_a_full_pipeline_is_read_on_when_it_has_been_answered(run, count):
+    async def test():
+        async with house() as it:
+            client = await it.client()
+            for served in (count, 2 * count, 3 * count):
+                client.send(get(b"/held") * count)
+                async with asyncio.timeout(5):
+                    while len(it.desk.served) < served or it.desk.held:
+                        while it.desk.held:
+                            it.desk.held.pop().respond(200, b"", b"")
+                        await asyncio.sleep(0)
+                await client.answers(served)
+            assert it.connection()._transport.is_reading()
+
+    run(test)
+
+
+def test_a_pipelined_body_has_its_time_from_its_turn_on(run):
+    async def test():
+        async with house(body_timeout_s=30, header_timeout_s=10) as it:
+            for sent in (
+                post(b"/x", b"abcd")[:-2],
+                post(b"/x", b"abcd", b"expect: 100-continue")[:-4],
+                get(b"/y")[:-4],
+            ):
+                client = await it.client()
+                client.send(get(b"/held"), sent)
+                await until(lambda: it.desk.held)
+                await turns()
+                it.pass_time(1000)
+                it.desk.held.pop().respond(200, b"", b"slow")
+                await until(lambda client=client: b"slow" in client.data)
+                it.pass_time(1)
+                await turns()
+                assert b" 408 " not in client.data, "a request was late before its turn had come"
+                it.pass_time(40)
+                await client.end()
+                assert parse(client.data)[-1].status == 408
+
+    run(test)
+
+
 @pytest.mark.parametrize("closing", [b"/held", b"/refuse", b"/plain", b"/stream"])
 def test_nothing_is_served_after_a_request_that_closes(run, closing):
     async def test():
