@@ -206,11 +206,12 @@ class LiteLlm:
 
 
 class Headgate:
-    name = "headgate"
     connections = 32
 
-    def __init__(self, python: str = sys.executable) -> None:
-        self._headgate = [python, "-m", "headgate"]
+    def __init__(self, python: str = "") -> None:
+        """python: an interpreter that has Headgate installed, where it is not the one that runs this."""
+        self._headgate = [python or sys.executable, "-m", "headgate"]
+        self.name = f"headgate on {first_line([python, '-V'])}" if python else "headgate"
 
     def prepare(self, cache: Path) -> None:  # noqa: ARG002
         done = subprocess.run([*self._headgate, "--help"], capture_output=True, text=True)

@@ -40,6 +40,10 @@ MEMORY_EVENTS_PER_S = 2
 OPEN_LOOP_RATES_PER_S = (500, 100, 10)
 """The last only for a gateway that cannot do the one before."""
 
+TRIES_MAX = 4
+OTHERS_SHARE_MAX = 0.1
+"""Of the gateway's core, for others; a load with more is measured again."""
+
 Record = dict[str, float]
 
 
@@ -306,6 +310,24 @@ def measure(
     return records, failures
 
 
+def least_disturbed(bench: Bench, measurement: Callable[[], dict[str, Record]]) -> dict[str, Record]:
+    """Measures again, a few times at most, while others worked on the gateway's core; the quietest one counts."""
+
+    def disturbance(records: dict[str, Record]) -> float:
+        return max(record.get("others_share", 0.0) for record in records.values())
+
+    best: dict[str, Record] | None = None
+    for _ in range(TRIES_MAX):
+        bench.wait_for_quiet()
+        records = measurement()
+        if best is None or disturbance(records) < disturbance(best):
+            best = records
+        if disturbance(best) <= OTHERS_SHARE_MAX or not bench.patient:
+            break
+    assert best is not None
+    return best
+
+
 def traffic(
     bench: Bench, up: Running, durations: Durations, only: frozenset[str], failures: list[str]
 ) -> dict[str, Record]:
@@ -327,7 +349,7 @@ def traffic(
         for measurement in measurements if not only or group in only else ():
             settle(up)
             try:
-                records |= measurement()
+                records |= least_disturbed(bench, measurement)
             except BenchError as e:
                 failures.append(str(e))
     return records

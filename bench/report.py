@@ -163,7 +163,7 @@ def render(row: Row, gateway: str, results: dict[str, Repeats]) -> str:
             text += f" ×{ratio:.1f}"
     if cell.remark:
         text += f", {cell.remark}"
-    if gateway == "headgate" and row.bar_value is not None:
+    if gateway.startswith("headgate") and row.bar_value is not None:
         text = f"**{text}** " + ("✓" if figure <= row.bar_value else "✗ above the bar")
     return text
 
@@ -196,7 +196,8 @@ def write_figures(figures: dict[str, object]) -> str:
         f"Measured {figures['measured_at']} by `{figures['command']}`, {repeats} repeats.",
         "",
         f"- Machine: {machine['cores']} × {machine['cpu']}, {machine['memory_gb']} GB, Linux {machine['kernel']}; "
-        f"{machine['compiler']}; runner on Python {machine['python']}.",
+        f"{machine['compiler']}; runner on Python {machine['python']}; cores "
+        + ("kept awake." if machine["cores_kept_awake"] else "free to sleep."),
         *(f"- {name}: {version}" for name, version in versions.items()),
         f"- Others on the gateway's core (or time the host took) above {OTHERS_SHARE_MAX:.0%} in {many} of {all_loads} "
         "loads: latencies and requests/s reached suffer from it, CPU a request hardly.",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import measure
 from gateways import Gateway, Headgate, LiteLlm, Nginx
-from kit import Bench, BenchError, compile_tools, machine_facts, raise_file_limit, started_upstream
+from kit import Bench, BenchError, compile_tools, cores_kept_awake, machine_facts, raise_file_limit, started_upstream
 
 GROUPS = ("cpu", "events", "latency", "aborts", "memory")
 
@@ -32,10 +32,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     parser.add_argument("--repeat", type=int, default=3, help="times everything is measured (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="shorter loads: for a look, not for a record")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0,
+        metavar="S",
+        help="on a machine that others use: for the first S seconds, wait for quiet and repeat what was disturbed",
+    )
     parser.add_argument("--only", default="", help=f"some of {', '.join(GROUPS)}")
     parser.add_argument("--gateway-core", type=int, default=0)
     parser.add_argument("--load-core", type=int, default=1)
-    parser.add_argument("--headgate-python", default=sys.executable, help="the interpreter that Headgate runs under")
     parser.add_argument(
         "--cache",
         type=Path,
@@ -45,12 +51,20 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen_gateways(names: str, headgate_python: str) -> list[Gateway]:
-    makers = {"nginx": Nginx, "litellm": LiteLlm, "headgate": lambda: Headgate(headgate_python)}
-    unknown = set(names.split(",")) - set(makers)
-    if unknown:
-        raise BenchError(f"unknown gateway {', '.join(sorted(unknown))}: choose of {', '.join(makers)}")
-    return [makers[name]() for name in names.split(",")]
+def chosen_gateways(names: str) -> list[Gateway]:
+    gateways: list[Gateway] = []
+    for name in names.split(","):
+        kind, _, python = name.partition(":")
+        match kind:
+            case "nginx":
+                gateways.append(Nginx())
+            case "litellm":
+                gateways.append(LiteLlm())
+            case "headgate":
+                gateways.append(Headgate(python))
+            case _:
+                raise BenchError(f"unknown gateway {name}: choose of nginx, headgate, litellm")
+    return gateways
 
 
 def chosen_groups(only: str) -> frozenset[str]:
@@ -61,7 +75,7 @@ def chosen_groups(only: str) -> frozenset[str]:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    gateways = chosen_gateways(options.gateways, options.headgate_python)
+    gateways = chosen_gateways(options.gateways)
     only = chosen_groups(options.only)
     durations = measure.QUICK if options.quick else measure.FULL
     if {options.gateway_core, options.load_core} - os.sched_getaffinity(0) or options.gateway_core == options.load_core:
@@ -76,9 +90,17 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     results: dict[str, list[dict[str, measure.Record]]] = {name: [] for name in ["direct", *(g.name for g in gateways)]}
     failures: list[str] = []
     with ExitStack() as stack:
+        awake = stack.enter_context(cores_kept_awake())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headgate-bench-")))
         upstream = stack.enter_context(started_upstream(options.cache / "build", scratch, options.load_core))
-        bench = Bench(options.cache / "build", scratch, options.gateway_core, options.load_core, upstream)
+        bench = Bench(
+            build=options.cache / "build",
+            scratch=scratch,
+            gateway_core=options.gateway_core,
+            load_core=options.load_core,
+            upstream=upstream,
+            patient_until=time.monotonic() + options.patience,
+        )
         for repeat in range(options.repeat):
             print(f"repeat {repeat + 1} of {options.repeat}: direct", flush=True)
             results["direct"].append(measure.traffic(bench, measure.direct(bench), durations, only, failures))
@@ -94,7 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     return {
         "measured_at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
-        "machine": machine_facts(),
+        "machine": {**machine_facts(), "cores_kept_awake": awake},
         "versions": {gateway.name: gateway.version() for gateway in gateways},
         "durations": asdict(durations),
         "failures": failures,

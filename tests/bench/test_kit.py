@@ -25,7 +25,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Bench]:
     kit.compile_tools(build)
     core = min(os.sched_getaffinity(0))
     with kit.started_upstream(build, scratch, core) as upstream:
-        yield kit.Bench(build, scratch, core, core, upstream)
+        yield kit.Bench(build, scratch, core, core, upstream, patient_until=0.0)
 
 
 def events(text: str) -> list[tuple[str, dict]]:
