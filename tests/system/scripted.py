@@ -17,11 +17,11 @@ import struct
 import threading
 import time
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tests.system.conftest import Gateway, until
@@ -50,6 +50,12 @@ JSON_HEAD = b"content-type: application/json\r\nrequest-id: req_scripted\r\n"
 EVENT_STREAM_HEAD = b"content-type: text/event-stream; charset=utf-8\r\nrequest-id: req_scripted\r\n"
 
 
+try:
+    from uvloop import new_event_loop
+except ImportError:  # not made for every platform
+    from asyncio import new_event_loop
+
+
 class Act(Enum):
     """What a play does beside sending bytes and waiting (a float: seconds)."""
 
@@ -60,6 +66,7 @@ class Act(Enum):
 
 
 Play = tuple[bytes | float | Act, ...]
+T = TypeVar("T")
 
 
 def chunks(*pieces: bytes) -> bytes:
@@ -123,7 +130,7 @@ class ScriptedUpstream:
     def __post_init__(self) -> None:
         self._plays: dict[str, tuple[Play, ...]] = {}
         self._numbers = itertools.count(1)
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
@@ -283,17 +290,53 @@ async def fetch(
     url: str, key: str, body: bytes, *, headers: Iterable[tuple[str, str]] = (), within_s: float = 30.0
 ) -> Reply:
     """One request on a connection of its own, read to the end of its answer."""
-    started_at = time.monotonic()
     reader, writer = await connect(url)
     try:
         async with asyncio.timeout(within_s):
-            writer.write(head_of(url, key, len(body), headers) + body)
-            status, found = await read_head(reader)
-            head_s = time.monotonic() - started_at
-            data, whole = await read_body(reader, found)
+            return await exchange(reader, writer, head_of(url, key, len(body), headers) + body)
     finally:
         writer.transport.abort()
+
+
+async def fetch_all(url: str, key: str, bodies: list[bytes], *, at_once: int) -> list[Reply]:
+    """The answers to requests in their order, over so many connections that are kept."""
+    replies: dict[int, Reply] = {}
+    numbers = iter(range(len(bodies)))
+
+    async def client() -> None:
+        writer = None
+        for number in numbers:
+            if writer is None:
+                reader, writer = await connect(url)
+            async with asyncio.timeout(60):
+                request = head_of(url, key, len(bodies[number])) + bodies[number]
+                reply = replies[number] = await exchange(reader, writer, request)
+            if not reply.whole or "connection" in reply.headers:
+                writer.transport.abort()
+                writer = None
+        if writer is not None:
+            writer.transport.abort()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(client())
+    return [replies[number] for number in range(len(bodies))]
+
+
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> Reply:
+    """One request on this connection, and its answer."""
+    started_at = time.monotonic()
+    writer.write(request)
+    status, found = await read_head(reader)
+    head_s = time.monotonic() - started_at
+    data, whole = await read_body(reader, found)
     return Reply(status, found, data, whole, head_s, time.monotonic() - started_at)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, on the faster loop where there is one."""
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main)
 
 
 async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:

@@ -6,7 +6,6 @@ Between the gateway and its upstream everything breaks here, at every byte: desi
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import socket
@@ -46,9 +45,10 @@ from tests.system.scripted import (
     connect,
     failing,
     fetch,
-    gather,
+    fetch_all,
     head_of,
     read_head,
+    run,
     sized,
     until_close,
 )
@@ -78,13 +78,12 @@ class World:
 
     def ask(self, name: str, *, stream: bool = True, **more: Any) -> Reply:
         """One call, to its end."""
-        return asyncio.run(fetch(self.gateway.url, self.key, body_of(name, stream=stream, **more)))
+        return run(fetch(self.gateway.url, self.key, body_of(name, stream=stream, **more)))
 
     def ask_all(self, names: list[str], *, stream: bool = True, at_once: int = 32) -> list[Reply]:
         """Calls, many at a time."""
-        return asyncio.run(
-            gather((fetch(self.gateway.url, self.key, body_of(name, stream=stream)) for name in names), at_once=at_once)
-        )
+        bodies = [body_of(name, stream=stream) for name in names]
+        return run(fetch_all(self.gateway.url, self.key, bodies, at_once=at_once))
 
     def fill_retry_budget(self, retries: int = 10) -> None:
         """Retries are at most a fifth of the requests: make the requests that a test's retries need."""
@@ -755,7 +754,7 @@ def test_an_upstream_that_refuses_connections_is_tried_three_times_for_nothing(s
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can be there
         gateway = stack.gateway(f"http://127.0.0.1:{taken.getsockname()[1]}", RETRY__BASE_DELAY_S="0.1")
-        reply = asyncio.run(fetch(gateway.url, gateway.key(), body_of("nobody")))
+        reply = run(fetch(gateway.url, gateway.key(), body_of("nobody")))
     assert (reply.status, reply.error["details"]["error_code"]) == (502, "upstream_unreachable")
     assert_honest(reply)
     assert reply.elapsed_s <= 3.0
@@ -965,6 +964,6 @@ def test_a_failed_stream_leaves_the_clients_connection_fit_for_the_next_call(wor
         writer.close()
         return bodies[0], bodies[1]
 
-    first, second = asyncio.run(both())
+    first, second = run(both())
     assert json.loads(first.rpartition(b"data: ")[2])["error"]["type"] == "api_error"
     assert second == SHORT_STREAM
