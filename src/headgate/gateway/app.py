@@ -90,6 +90,7 @@ class Gateway:
         self._settings = settings
         self._stopping = asyncio.Event()
         self._draining = False
+        self._stopped = False
         # Begins with the time, so that the ledger's rows are appended and not scattered (decision 0003).
         self._call_prefix = f"{time.time_ns() // 1_000_000_000:08x}{secrets.token_hex(3)}"
         self._calls = 0
@@ -185,13 +186,14 @@ class Gateway:
             soon = time.monotonic() + 2.0
             await _until(lambda: not pipeline.live or time.monotonic() > soon)
         server.abort_all()
+        self._stopped = True
         log.info("stopped")
 
     async def _tick(self, server: Server, upstream: Upstream, pipeline: Pipeline, ledger: LocalLedger) -> None:
         """Hold every deadline: one timer for all, since a timer for each request would cost more than the request."""
         every_s = _tick_s(self._settings)
         swept_at = time.monotonic()
-        while not (self._draining and not pipeline.live):
+        while not self._stopped:
             await asyncio.sleep(every_s)
             now = time.monotonic()
             server.tick(now)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
@@ -121,9 +122,10 @@ def operator_app(
             error.status_code, "no_such_path" if error.status_code == 404 else "invalid_request", error.detail
         )
 
-    @app.exception_handler(422)
-    def unprocessable(_: Request, error: Exception) -> Response:
-        return _error(400, "invalid_request", str(error))
+    @app.exception_handler(RequestValidationError)
+    def unprocessable(_: Request, error: RequestValidationError) -> Response:
+        problems = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+        return _error(400, "invalid_request", problems)
 
     return app
 

@@ -77,7 +77,7 @@ class Passthrough:
         while True:
             step = call.step
             if isinstance(step, Send):
-                reply = await pipeline.upstream.send(self._bytes(), self._track)
+                reply = await pipeline.upstream.send(self._head(), self._request.body, self._track)
                 self._connection = None
                 if self._gone:
                     call.abandoned()
@@ -166,9 +166,9 @@ class Passthrough:
         timer.cancel()
         self._wake = None
 
-    def _bytes(self) -> bytes:
+    def _head(self) -> bytes:
         pipeline, request, exchange = self._pipeline, self._request, self._exchange
-        return b"%b %b%b%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n%b" % (
+        return b"%b %b%b%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
             exchange.method,
             pipeline.upstream.base_path,
             exchange.path,
@@ -176,7 +176,6 @@ class Passthrough:
             pipeline.upstream_head,
             request.forwarded,
             len(request.body),
-            request.body,
         )
 
     def _own_lines(self) -> bytes:

@@ -61,6 +61,8 @@ ATTRIBUTE_CHARS_MAX = 256
 _CLIENT_CLOSED = 499
 _LONG_ANSWER_TOKENS = 4096
 """The first-byte limit is for answers of this length when they come whole; longer ones get proportionally more."""
+_LONG_ANSWER_FACTOR_MAX = 32.0
+"""Reached at 131,072 tokens, the longest answer there is: a client's number must not make a call endless."""
 
 
 class Attribution(Record, frozen=True, gc=False):
@@ -326,7 +328,8 @@ class MessageCall:
             len(body),
         )
         reply = await pipeline.upstream.send(
-            head + body,
+            head,
+            body,
             self._track,
             first_byte_timeout_s=None if plan.streamed else self._whole_answer_timeout_s(plan),
         )
@@ -583,7 +586,7 @@ class MessageCall:
     def _whole_answer_timeout_s(self, plan: Plan) -> float:
         """Answers that come whole come late: as the SDK does, allow for their length (claude-api §4.5)."""
         limit_s = self._pipeline.settings.upstream.first_byte_timeout_s
-        return limit_s * max(1.0, plan.max_tokens / _LONG_ANSWER_TOKENS)
+        return limit_s * min(max(1.0, plan.max_tokens / _LONG_ANSWER_TOKENS), _LONG_ANSWER_FACTOR_MAX)
 
     async def _sleep(self, until: float) -> None:
         loop = asyncio.get_running_loop()

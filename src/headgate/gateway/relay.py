@@ -112,10 +112,28 @@ class Relay:
 
     def body(self, data: bytes) -> None:
         """Bytes of the stream, in any pieces."""
+        try:
+            frames = self._reader.feed(data)
+        except sse.EventTooLarge as error:
+            self._stop(Failure(kind="malformed", status=200, message=str(error)))
+            return
+        self._take(frames)
+
+    def ended(self) -> None:
+        """The HTTP body is whole; when `message_stop` has not come by now, it never will."""
+        self._take(self._reader.close())
+        if not self.done.done():
+            self._stop(Failure(kind="truncated", status=200, message="Anthropic's stream ended before message_stop."))
+
+    def broke(self, failure: Failure) -> None:
+        """The connection broke or fell silent."""
+        self._stop(failure)
+
+    def _take(self, frames: list[bytes]) -> None:
         fold = self.fold
         ready: list[bytes] = []
         try:
-            for frame in self._reader.feed(data):
+            for frame in frames:
                 kind = fold.take(frame)
                 if kind is Kind.CONTENT:
                     if not self.committed:
@@ -133,19 +151,11 @@ class Relay:
                     ready.append(frame)
                 else:
                     self._held.append(frame)
-        except (MalformedStream, sse.EventTooLarge) as error:
+        except MalformedStream as error:
             self._pass_on(ready)
             self._stop(Failure(kind="malformed", status=200, message=str(error)))
             return
         self._pass_on(ready)
-
-    def ended(self) -> None:
-        """The HTTP body is whole, but `message_stop` never came (else nobody listened any more)."""
-        self._stop(Failure(kind="truncated", status=200, message="Anthropic's stream ended before message_stop."))
-
-    def broke(self, failure: Failure) -> None:
-        """The connection broke or fell silent."""
-        self._stop(failure)
 
     # the driver's side
 

@@ -141,10 +141,8 @@ class Exchange:
 
     def body(self) -> bytes:
         """The request's body as it came. Call it once; it is let go."""
-        if self._buffer is None:
-            return self._piece
-        whole = bytes(self._buffer)
-        self._buffer = None
+        whole = self._piece if self._buffer is None else bytes(self._buffer)
+        self.drop_body()
         return whole
 
     def account(self, size: int) -> bool:
@@ -346,7 +344,6 @@ class ServerConnection(asyncio.BufferedProtocol):
         self._paused_at = None
         self._tell_paused(False)
         self._advance()
-        self._read_or_not()
 
     # httptools' side. A callback that raises would be wrapped; once the connection is deaf they do nothing instead.
 
@@ -368,7 +365,7 @@ class ServerConnection(asyncio.BufferedProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, whole."""
         if self._in_head and self._incoming is not None:  # trailers are not headers
-            self._incoming.headers.append((name.lower(), value))
+            self._incoming.headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """The head is whole: check what the parser does not, and let the app look at it."""
@@ -425,7 +422,6 @@ class ServerConnection(asyncio.BufferedProtocol):
         incoming.complete = True
         self._discarded = 0
         self._advance()
-        self._read_or_not()
 
     # the exchanges' side
 
@@ -463,6 +459,25 @@ class ServerConnection(asyncio.BufferedProtocol):
         if self._advancing:
             return
         self._advancing = True
+        before = self._line[0] if self._line else None
+        try:
+            self._serve_first()
+        finally:
+            self._advancing = False
+        if self.closed or self._closing_at is not None:
+            return
+        now, settings = self._server.clock(), self._server.settings
+        if not self._line:
+            self._deadline = now + (settings.header_timeout_s if self._in_head else settings.idle_timeout_s)
+            if self._deaf or self._server.draining:
+                self._close(linger=self._deaf)
+        elif self._line[0] is not before:
+            # Its turn has come, and its body may still be on the way.
+            self._body_started_at = now
+            self._deadline = now + settings.body_timeout_s
+        self._read_or_not()
+
+    def _serve_first(self) -> None:
         line = self._line
         while line and not self.closed and self._closing_at is None and self._paused_at is None:
             first = line[0]
@@ -475,9 +490,9 @@ class ServerConnection(asyncio.BufferedProtocol):
                 elif first.complete:
                     line.popleft()
                     continue
-                break
+                return
             if first._begun:
-                break
+                return
             if first.complete:
                 first._begun = True
                 self._app.request(first)
@@ -485,15 +500,7 @@ class ServerConnection(asyncio.BufferedProtocol):
             if first.expects_continue and not first._continued:
                 first._continued = True
                 self._transport.write(_CONTINUE)
-            break
-        self._advancing = False
-        if not line and self._closing_at is None:
-            settings = self._server.settings
-            self._deadline = self._server.clock() + (
-                settings.header_timeout_s if self._in_head else settings.idle_timeout_s
-            )
-            if self._deaf or self._server.draining:
-                self._close(linger=self._deaf)
+            return
 
     def _read_or_not(self) -> None:
         """Stop reading when nothing more can be served; not under a stream, whose client must be seen leaving."""

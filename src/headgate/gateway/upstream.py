@@ -25,6 +25,7 @@ READ_BUFFER_BYTES = 64 << 10
 HEADER_BYTES_MAX = 64 << 10
 ANSWER_BYTES_MAX = 64 << 20
 """Of an answer that is not streamed, decoded; it is held whole, so that a cut one can be tried again."""
+SMALL_BODY_BYTES = 64 << 10
 DECODED_RATIO_MAX = 100
 DECODED_BYTES_FREE = 1 << 20
 """Of a compressed answer: beyond the first MiB at most a hundred bytes for each that came (failure-model §2.1)."""
@@ -218,7 +219,9 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._tls.start()
         await self._handshaken
 
-    def request(self, data: bytes, waiting: asyncio.Future[Answer | Failure], *, first_byte_timeout_s: float) -> None:
+    def request(
+        self, head: bytes, body: bytes, waiting: asyncio.Future[Answer | Failure], *, first_byte_timeout_s: float
+    ) -> None:
         """Send a request; `waiting` gets its answer, or why there is none.
 
         A streamed answer is told at its head, any other one when it is whole.
@@ -233,10 +236,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._settle_until = None
         self.served += 1
         self.sent_at = self.last_byte_at = self._upstream.clock()
-        if self._tls is not None:
-            self._tls.send(data)
+        # A large body is not copied to stand behind its head: many of them at once are what fills the memory.
+        pieces = [head + body] if len(body) < SMALL_BODY_BYTES else [head, body]
+        if self._tls is None:
+            self._transport.writelines(pieces)
         else:
-            self._transport.write(data)
+            for piece in pieces:
+                self._tls.send(piece)
 
     def settle(self) -> None:
         """Nobody wants the rest of the answer; an end that has been said already may still come and free the line."""
@@ -497,7 +503,8 @@ class Upstream:
 
     async def send(
         self,
-        data: bytes,
+        head: bytes,
+        body: bytes,
         track: Callable[[UpstreamConnection], bool],
         *,
         first_byte_timeout_s: float | None = None,
@@ -523,7 +530,7 @@ class Upstream:
             return Failure(kind="connect", message="The client left before anything was sent.", sent=False)
         waiting: asyncio.Future[Answer | Failure] = asyncio.get_running_loop().create_future()
         connection.request(
-            data, waiting, first_byte_timeout_s=first_byte_timeout_s or self._settings.first_byte_timeout_s
+            head, body, waiting, first_byte_timeout_s=first_byte_timeout_s or self._settings.first_byte_timeout_s
         )
         return await waiting
 

@@ -50,9 +50,9 @@ class LogLine(msgspec.Struct, frozen=True, gc=False):
 
 
 _encoder = msgspec.json.Encoder()
-_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\x8e\x8f\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
 """What JSON does not ask to be escaped and readers of lines take for an end or a command: DEL, C1 with its line end and
-its CSI, U+2028 and U+2029 (failure-model §2.3)."""
+its CSI, U+2028 and U+2029 (failure-model §2.3), and those that turn the reading direction round."""
 
 
 def encode(line: LogLine) -> bytes:

@@ -58,6 +58,17 @@ class SseReader:
         self._check_size()
         return frames
 
+    def close(self) -> list[bytes]:
+        """The last frame, when the stream has ended on an empty line that a CR alone closed; else nothing.
+
+        While bytes may still come, an LF that belongs to the CR may too, and the frame is not given out.
+        """
+        if not self._buffer.endswith((b"\r\r", b"\n\r")):
+            return []
+        frame = bytes(self._buffer)
+        self._buffer.clear()
+        return [frame]
+
     def _feed_lf(self, chunk: bytes) -> list[bytes]:
         if not self._buffer:
             if chunk.endswith(b"\n\n") and chunk.find(b"\n\n") == len(chunk) - 2:
