@@ -124,7 +124,7 @@ class Scene:
 
     async def send(self, data: bytes = REQUEST, **options: Any) -> Answer | Failure:
         async with asyncio.timeout(10):
-            return await self.upstream.send(data, lambda _: True, **options)
+            return await self.upstream.send(data, b"", lambda _: True, **options)
 
     async def answer(self) -> Answer:
         answer = await self.send()
@@ -352,7 +352,7 @@ def test_a_connection_that_could_not_be_made_makes_room_for_those_who_wait(run):
         settings_ = UpstreamSection(connections_max=1, connect_timeout_s=5)
         upstream = Upstream(f"http://127.0.0.1:{port}", settings_, clock=Clock())
         async with asyncio.timeout(2):
-            failures = await asyncio.gather(*(upstream.send(REQUEST, lambda _: True) for _ in range(3)))
+            failures = await asyncio.gather(*(upstream.send(REQUEST, b"", lambda _: True) for _ in range(3)))
         assert [(failure.kind, failure.sent) for failure in failures] == [("connect", False)] * 3
         listener.close()
 
@@ -399,7 +399,7 @@ def test_an_answer_that_says_close_is_the_connections_last(run):
 def test_nothing_is_sent_for_one_who_left_while_it_waited_and_the_connection_is_kept(run):
     async def test():
         async with scene(script_of(OK)) as it:
-            failure = await it.upstream.send(REQUEST, lambda _: False)
+            failure = await it.upstream.send(REQUEST, b"", lambda _: False)
             assert isinstance(failure, Failure)
             assert not failure.sent
             await turns()
@@ -840,7 +840,7 @@ def test_a_refused_connection_is_told_and_nothing_was_sent(run):
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             upstream = Upstream(f"http://127.0.0.1:{unused.getsockname()[1]}", UpstreamSection(), clock=Clock())
-            failure = await upstream.send(REQUEST, lambda _: True)
+            failure = await upstream.send(REQUEST, b"", lambda _: True)
         assert isinstance(failure, Failure)
         assert (failure.kind, failure.sent) == ("connect", False)
 
@@ -863,7 +863,7 @@ def test_a_connection_that_does_not_come_about_ends_at_its_limit(run):
             settings_ = UpstreamSection(connect_timeout_s=0.3)
             upstream = Upstream(f"http://127.0.0.1:{address[1]}", settings_, clock=Clock())
             began = loop.time()
-            failure = await upstream.send(REQUEST, lambda _: True)
+            failure = await upstream.send(REQUEST, b"", lambda _: True)
             assert loop.time() - began < 2
             for filler in fillers:
                 filler.close()
@@ -877,7 +877,7 @@ def test_a_connection_that_does_not_come_about_ends_at_its_limit(run):
 def test_a_name_that_does_not_resolve_is_told_and_nothing_was_sent(run):
     async def test():
         upstream = Upstream("http://no-such-name.invalid", UpstreamSection(connect_timeout_s=5), clock=Clock())
-        failure = await upstream.send(REQUEST, lambda _: True)
+        failure = await upstream.send(REQUEST, b"", lambda _: True)
         assert isinstance(failure, Failure)
         assert (failure.kind, failure.sent) == ("connect", False)
 
@@ -893,7 +893,7 @@ def test_the_environments_proxies_are_not_used(run, monkeypatch):
                 monkeypatch.setenv(name.upper(), url)
             monkeypatch.delenv("no_proxy", raising=False)
             direct = Upstream("http://" + it.upstream.authority.decode(), UpstreamSection(), clock=Clock())
-            assert isinstance(await direct.send(REQUEST, lambda _: True), Answer)
+            assert isinstance(await direct.send(REQUEST, b"", lambda _: True), Answer)
             direct.close()
             assert (proxy.connections, it.connections) == (0, 1)
 
@@ -1031,7 +1031,7 @@ def test_a_plain_server_where_tls_is_expected_gets_nothing_readable(run, trusted
         server = await asyncio.start_server(plain, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         upstream = Upstream(f"https://localhost:{port}", UpstreamSection(), clock=Clock())
-        failure = await upstream.send(REQUEST, lambda _: True)
+        failure = await upstream.send(REQUEST, b"", lambda _: True)
         assert isinstance(failure, Failure)
         assert failure.kind in ("connect", "tls")
         assert not failure.sent
@@ -1087,7 +1087,7 @@ def test_a_handshake_that_is_cut_is_told_and_nothing_was_sent(run, trusted, hear
         port = server.sockets[0].getsockname()[1]
         upstream = Upstream(f"https://localhost:{port}", UpstreamSection(connect_timeout_s=2), clock=Clock())
         began = asyncio.get_running_loop().time()
-        failure = await upstream.send(REQUEST, lambda _: True)
+        failure = await upstream.send(REQUEST, b"", lambda _: True)
         assert isinstance(failure, Failure)
         assert (failure.kind, failure.sent) == ("connect", False)
         assert asyncio.get_running_loop().time() - began < 1, "a cut handshake was waited for"
@@ -1108,7 +1108,7 @@ def test_a_handshake_that_never_ends_ends_at_the_connect_limit(run, trusted):
         server = await asyncio.start_server(mute, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         upstream = Upstream(f"https://localhost:{port}", UpstreamSection(connect_timeout_s=0.3), clock=Clock())
-        failure = await upstream.send(REQUEST, lambda _: True)
+        failure = await upstream.send(REQUEST, b"", lambda _: True)
         assert isinstance(failure, Failure)
         assert (failure.kind, failure.sent) == ("connect", False)
         await until(lambda: upstream.snapshot()["open"] == 0)
@@ -1175,8 +1175,8 @@ def test_the_connection_is_known_before_a_byte_is_sent(run):
                 tracked.append((connection, bytes(it.received)))
                 return True
 
-            await it.upstream.send(REQUEST, track)
-            await it.upstream.send(REQUEST, track)
+            await it.upstream.send(REQUEST, b"", track)
+            await it.upstream.send(REQUEST, b"", track)
             assert tracked[0] == (tracked[0][0], b"")
             assert tracked[1] == (tracked[0][0], REQUEST)
 

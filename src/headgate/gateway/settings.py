@@ -245,7 +245,9 @@ def _explain(problem: Any, path: Path) -> str:  # Any: pydantic's ErrorDetails
     if problem["type"] == "extra_forbidden":
         return f"{path}: {name}: no such setting.{_did_you_mean(name, setting_names())}"
     value = problem.get("input")
-    shown = "" if isinstance(value, (dict, SecretStr)) or "key" in name.lower() else f" (it is {value!r})"
+    # A URL may carry a password, and a value of the wrong kind anything.
+    hidden = not isinstance(value, str | int | float) or any(word in name.lower() for word in ("key", "url"))
+    shown = "" if hidden else f" (it is {value!r})"
     return f"{name}: {problem['msg'].removeprefix('Value error, ')}{shown}"
 
 
