@@ -56,7 +56,7 @@ from tests.system.scripted import (
 BASE_DELAY_S = 0.04
 STALL_S = 1.0
 FIRST_BYTE_S = 1.2
-DEADLINE_S = 6.0
+DEADLINE_S = 4.5
 HOLD_S = 0.3
 PING_AFTER_S = 0.2
 LATE_S = 0.7
@@ -314,7 +314,7 @@ def test_a_head_that_drips_does_not_reset_the_first_byte_limit(world):
 
 @pytest.mark.parametrize("byte_or_ping", [b":", b'event: ping\ndata: {"type":"ping"}\n\n'], ids=["a byte", "a ping"])
 def test_any_byte_of_upstreams_keeps_a_slow_stream_alive(world, byte_or_ping):
-    waits = 6
+    waits = 4
     drip: Play = (0.4, chunks(byte_or_ping)) * waits
     end = b"\n\n" if byte_or_ping == b":" else b""
     name, reply = world.play(
@@ -793,11 +793,11 @@ def test_retry_after_is_a_floor_with_a_fifth_of_jitter_above(world, headers, wai
 
 def test_a_date_in_retry_after_is_a_floor(world):
     world.fill_retry_budget(2)
-    date = (datetime.fromtimestamp(time.time(), UTC) + timedelta(seconds=3)).replace(microsecond=0)
+    date = (datetime.fromtimestamp(time.time(), UTC) + timedelta(seconds=2)).replace(microsecond=0)
     headers = b"retry-after: %b\r\n" % format_datetime(date, usegmt=True).encode()
     name, reply = world.play(failing(429, "rate_limit_error", headers=headers), STREAMED)
     assert reply.body == SHORT_STREAM
-    assert 1.8 <= gap_s(world, name) <= 3 * 1.25 + LATE_S
+    assert 0.8 <= gap_s(world, name) <= 2 * 1.25 + LATE_S
 
 
 @pytest.mark.parametrize(
@@ -841,7 +841,7 @@ def test_a_wait_beyond_the_deadline_is_refused_now_and_never_asks_for_more_than_
 def test_no_attempt_is_made_after_the_deadline(world):
     """Each wait fits alone, the second no longer."""
     world.fill_retry_budget(2)
-    name, reply = world.play(failing(429, "rate_limit_error", headers=b"retry-after: 4\r\n"))
+    name, reply = world.play(failing(429, "rate_limit_error", headers=b"retry-after: 3\r\n"))
     assert reply.status == 429
     assert reply.elapsed_s <= DEADLINE_S + LATE_S
     assert len(world.upstream.attempts(name)) == 2
@@ -875,15 +875,16 @@ def test_an_outage_is_not_multiplied_by_retries(stack, upstream):
     ids=lambda fault: "-".join(str(value) for value in fault.values()),
 )
 def test_the_sdk_raises_on_every_fault_that_breaks_a_stream(simulated, fault):
-    simulator, gateway, client = simulated
+    simulator, books, client = simulated
     simulator.fault(**fault)
     before = len(simulator.requests())
-    with pytest.raises(anthropic.APIStatusError) as raised, ask(client) as stream:
+    name = "-".join(("raised", *map(str, fault.values())))
+    with pytest.raises(anthropic.APIStatusError) as raised, ask(client, name) as stream:
         for _ in stream:
             pass
     assert raised.value.body["type"] == "error"
     assert len(simulator.requests()) == before + 1
-    row = gateway.calls(1)[-1]
+    row = books.of_users([name])[name]
     assert (row["outcome"], row["state"]) == ("cut", "estimated")
     assert row["input_tokens"] == simulator.requests()[-1]["usage"]["input_tokens"]
 
@@ -912,16 +913,17 @@ def test_the_sdk_raises_on_every_fault_that_breaks_a_stream(simulated, fault):
     ids=lambda fault: fault["kind"],
 )
 def test_the_sdk_sees_a_whole_answer_through_every_fault_that_can_be_mended(simulated, fault):
-    simulator, gateway, client = simulated
+    simulator, books, client = simulated
     for _ in range(6):  # retries are at most a fifth of the requests
         client.messages.create(
             model="claude-sonnet-4-6", max_tokens=1, messages=[{"role": "user", "content": "Xin chào"}]
         )
     simulator.fault(**fault)
-    with ask(client) as stream:
+    name = f"mended-{fault['kind']}"
+    with ask(client, name) as stream:
         message = stream.get_final_message()
     assert message.stop_reason == "end_turn"
-    row = gateway.calls(1)[-1]
+    row = books.of_users([name])[name]
     assert (row["outcome"], row["output_tokens"]) == ("completed", message.usage.output_tokens)
     assert sum(block.text != "" for block in message.content) == 1
 
@@ -930,13 +932,15 @@ def test_the_sdk_sees_a_whole_answer_through_every_fault_that_can_be_mended(simu
 def simulated(shared_stack: Stack) -> Any:
     simulator = shared_stack.simulator()
     gateway = shared_stack.gateway(simulator.url, RETRY__BASE_DELAY_S="0.04", UPSTREAM__STALL_TIMEOUT_S="0.5")
-    return simulator, gateway, anthropic.Anthropic(base_url=gateway.url, api_key=gateway.key(), max_retries=0)
+    client = anthropic.Anthropic(base_url=gateway.url, api_key=app_key(gateway), max_retries=0)
+    return simulator, Books.of(gateway), client
 
 
-def ask(client: anthropic.Anthropic) -> Any:
+def ask(client: anthropic.Anthropic, name: str) -> Any:
     return client.messages.stream(
         model="claude-sonnet-4-6",
         max_tokens=200,
+        metadata={"user_id": name},
         messages=[{"role": "user", "content": "Xin chào [[sim: tokens=60]]"}],
     )
 
