@@ -56,7 +56,7 @@ class Durations:
     warmup_s: float
 
 
-FULL = Durations(closed_s=5, events_s=5, open_s=6, memory_s=3, warmup_s=1)
+FULL = Durations(closed_s=3, events_s=4, open_s=5, memory_s=3, warmup_s=1)
 QUICK = Durations(closed_s=1.5, events_s=2, open_s=2, memory_s=2, warmup_s=0.5)
 WARM = Durations(closed_s=2, events_s=0, open_s=0, memory_s=0, warmup_s=0)
 
