@@ -43,6 +43,9 @@ log = structlog.get_logger()
 
 SWEEP_EVERY_S = 30.0
 TICK_S_MAX = 0.25
+GC_THRESHOLD = 50_000
+"""Objects between two collections. A call leaves no cycles behind; the default of 700 would look twenty times a second
+at what is alive (measured: 141 µs of CPU a request, 125 with this)."""
 
 
 class ListenError(Exception):
@@ -156,6 +159,7 @@ class Gateway:
             # What is alive now stays alive; the collector need not look at it again.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(GC_THRESHOLD)
             log.info(
                 "listening",
                 gateway=_url(settings.listen, self.port),
