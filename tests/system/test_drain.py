@@ -75,9 +75,9 @@ def is_closed(held: socket.socket) -> bool:
         return True
 
 
-def accepts(gateway: Gateway) -> bool:
+def accepts(gateway: Gateway, *, operator: bool = False) -> bool:
     """Whether a new connection is taken."""
-    parts = urlsplit(gateway.url)
+    parts = urlsplit(gateway.operator_url if operator else gateway.url)
     try:
         with socket.create_connection((parts.hostname, parts.port), timeout=5):
             return True
@@ -94,10 +94,9 @@ def wait_for_exit(gateway: Gateway, began_at: float) -> float:
 
 
 def drain_under_streams(
-    stack: Stack, simulator: Simulator, gateway: Gateway, tokens: list[int], *, held: int = 0
+    simulator: Simulator, gateway: Gateway, key: str, tokens: list[int], *, held: int
 ) -> tuple[dict[str, Reply], float, float]:
     """SIGTERM when all streams run: their answers, the exit's and the refusal's time."""
-    key = app_key(gateway)
     names = {f"drained-{number}-{wanted}": wanted for number, wanted in enumerate(tokens)}
 
     async def run() -> tuple[dict[str, Reply], float, float]:
@@ -132,7 +131,7 @@ def drain_under_streams(
 
 def test_streams_that_end_in_time_are_whole_and_the_exit_waits_for_no_longer(stack, simulator, capsys):
     gateway = start(stack, simulator.url)
-    replies, took_s, refused_s = drain_under_streams(stack, simulator, gateway, [100] * STREAMS, held=500)
+    replies, took_s, refused_s = drain_under_streams(simulator, gateway, app_key(gateway), [100] * STREAMS, held=500)
     assert len(replies) == STREAMS
     for reply in replies.values():
         assert reply.whole
@@ -145,8 +144,9 @@ def test_streams_that_end_in_time_are_whole_and_the_exit_waits_for_no_longer(sta
 
 def test_streams_that_outlast_the_limit_hear_that_it_restarts_and_all_are_booked(stack, simulator, capsys):
     gateway = start(stack, simulator.url)
+    key = app_key(gateway)
     replies, took_s, _ = drain_under_streams(
-        stack, simulator, gateway, [60] * (STREAMS // 2) + [2000] * (STREAMS // 2), held=500
+        simulator, gateway, key, [60] * (STREAMS // 2) + [2000] * (STREAMS // 2), held=500
     )
     for name, reply in replies.items():
         assert (reply.whole, reply.status) == (True, 200)
@@ -159,7 +159,7 @@ def test_streams_that_outlast_the_limit_hear_that_it_restarts_and_all_are_booked
             assert reply.error["details"]["error_code"] == "restarting"
     assert DRAIN_S <= took_s <= EXIT_WITHIN_S
     restarted = stack.gateway(simulator.url, data_dir=gateway.data_dir)
-    rows = Books.of(restarted).of_users(replies)
+    rows = Books(restarted, key).of_users(replies)
     requests = {request["request_id"]: request for request in simulator.requests()}
     for name, row in rows.items():
         (attempt,) = row["attempts"]
@@ -273,7 +273,7 @@ def test_calls_that_have_no_answer_at_the_limit_get_a_529_and_are_booked(stack):
             assert reply.error["details"]["error_code"] == "restarting"
             assert (reply.headers["x-should-retry"], reply.headers["retry-after"]) == ("true", "1")
         assert wait_for_exit(gateway, began_at) <= 0.5 + 5.0
-        rows = Books.of(stack.gateway(upstream.url, data_dir=gateway.data_dir)).of_users(calls)
+        rows = Books(stack.gateway(upstream.url, data_dir=gateway.data_dir), key).of_users(calls)
         for name, row in rows.items():
             assert row["outcome"] == "failed"
             assert len(upstream.attempts(name)) == 1, "nothing is sent any more"
@@ -342,17 +342,19 @@ def test_a_second_signal_does_not_break_the_drain(stack, simulator):
     assert gateway.process.popen.wait(20) == 0
 
 
-def test_ten_restarts_in_a_row_cause_no_call_and_lose_nothing(stack, simulator):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.drill)])
+def test_restarts_in_a_row_cause_no_call_and_lose_nothing(stack, simulator, times):
     gateway = start(stack, simulator.url)
     key = app_key(gateway)
     assert asyncio.run(fetch(gateway.url, key, body_of("before"))).status == 200
-    (before,) = Books.of(gateway).of_users(["before"]).values()
+    (before,) = Books(gateway, key).of_users(["before"]).values()
     calls = len(simulator.requests())
-    for _ in range(10):
+    for _ in range(times):
         assert gateway.process.stop(signal.SIGTERM) == 0
         gateway = stack.gateway(simulator.url, data_dir=gateway.data_dir)
     assert len(simulator.requests()) == calls
-    books = Books.of(gateway)
+    books = Books(gateway, key)
+    assert books.of_users(["before"]) == {"before": before}
     assert books.newest() == [before]
     assert asyncio.run(fetch(gateway.url, key, body_of("after"))).status == 200
     assert len(books.of_users(["before", "after"])) == 2
@@ -369,3 +371,10 @@ def test_a_port_that_is_taken_stops_the_start_with_the_setting_that_moves_it(sta
         assert address in process.text()
         assert f"HEADGATE_{setting}" in process.text()
         assert "Traceback" not in process.text()
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_both_doors_take_connections_once_they_are_announced(stack, attempt):
+    gateway = start(stack, "http://127.0.0.1:9")
+    assert accepts(gateway)
+    assert accepts(gateway, operator=True)

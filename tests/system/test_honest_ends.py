@@ -119,7 +119,8 @@ def _world(shared_stack: Stack, upstream: ScriptedUpstream, **settings: str) -> 
         UPSTREAM__HOLD_S=str(HOLD_S),
         **settings,
     )
-    return World(upstream, gateway, app_key(gateway), Books.of(gateway))
+    key = app_key(gateway)
+    return World(upstream, gateway, key, Books(gateway, key))
 
 
 @pytest.fixture(scope="module")
@@ -850,7 +851,8 @@ def test_no_attempt_is_made_after_the_deadline(world):
 def test_an_outage_is_not_multiplied_by_retries(stack, upstream):
     """A thousand retries in backoff are counted when they are decided, not when they are sent."""
     gateway = stack.gateway(upstream.url, RETRY__BASE_DELAY_S="0.3")
-    world = World(upstream, gateway, app_key(gateway), Books.of(gateway))
+    key = app_key(gateway)
+    world = World(upstream, gateway, key, Books(gateway, key))
     names = [upstream.plan(failing(529, "overloaded_error")) for _ in range(300)]
     replies = world.ask_all(names, at_once=300)
     assert {reply.status for reply in replies} == {529}
@@ -932,8 +934,9 @@ def test_the_sdk_sees_a_whole_answer_through_every_fault_that_can_be_mended(simu
 def simulated(shared_stack: Stack) -> Any:
     simulator = shared_stack.simulator()
     gateway = shared_stack.gateway(simulator.url, RETRY__BASE_DELAY_S="0.04", UPSTREAM__STALL_TIMEOUT_S="0.5")
-    client = anthropic.Anthropic(base_url=gateway.url, api_key=app_key(gateway), max_retries=0)
-    return simulator, Books.of(gateway), client
+    key = app_key(gateway)
+    client = anthropic.Anthropic(base_url=gateway.url, api_key=key, max_retries=0)
+    return simulator, Books(gateway, key), client
 
 
 def ask(client: anthropic.Anthropic, name: str) -> Any:

@@ -146,7 +146,7 @@ def drill(stack: Stack, seeds: range, capsys: Any) -> None:
         gateway, took_s = kill_and_restart(stack, gateway, key, names, seed)
         ready_s.append(took_s)
     until(lambda: simulator.streams()["count"] == 0, what="the simulator to have billed everything")
-    books = Books.of(gateway)
+    books = Books(gateway, key)
     rows = [row for row in books.newest() if row["user"].startswith("kill-")]
     lost, worst_s = check_books(simulator, rows)
     ready_s.sort()
@@ -174,7 +174,7 @@ def test_an_attempt_is_in_the_journal_before_its_first_byte_leaves(stack, tmp_pa
     simulator = stack.simulator("--tier", "none", "--speed", "1", "--ttft-s", "30")
     gateway = stack.gateway(simulator.url)
     key = app_key(gateway)
-    names = [f"kill-seen-{number}" for number in range(3)]
+    names = [f"kill-seen-{number}" for number in range(2)]
     for name in names:
 
         async def run(gateway: Gateway = gateway, name: str = name) -> None:
@@ -189,7 +189,7 @@ def test_an_attempt_is_in_the_journal_before_its_first_byte_leaves(stack, tmp_pa
         asyncio.run(run())
         gateway.process.popen.wait(10)
         gateway = stack.gateway(simulator.url, data_dir=gateway.data_dir)
-    rows = Books.of(gateway).of_users(names)
+    rows = Books(gateway, key).of_users(names)
     assert {(row["state"], row["attempts"][0]["error_code"]) for row in rows.values()} == {
         ("estimated", "process_lost")
     }
@@ -223,7 +223,7 @@ def test_a_full_disk_refuses_new_calls_lets_streams_finish_and_heals_by_itself(s
     simulator = stack.simulator("--tier", "none", "--speed", "1", "--ttft-s", "0.05", "--otps", str(OTPS))
     gateway = stack.gateway(simulator.url, data_dir=small_disk / "data")
     key = app_key(gateway)
-    books = Books.of(gateway)
+    books = Books(gateway, key)
     filler = small_disk / "filler"
 
     def short(name: str) -> Any:

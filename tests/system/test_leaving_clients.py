@@ -68,8 +68,8 @@ def key(gateway: Gateway) -> str:
 
 
 @pytest.fixture(scope="module")
-def books(gateway: Gateway) -> Books:
-    return Books.of(gateway)
+def books(gateway: Gateway, key: str) -> Books:
+    return Books(gateway, key)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def simulator(shared_stack: Stack) -> Simulator:
 def paced(shared_stack: Stack, simulator: Simulator) -> tuple[Gateway, str, Books]:
     """A gateway before an API that takes its time."""
     gateway = shared_stack.gateway(simulator.url)
-    return gateway, app_key(gateway), Books.of(gateway)
+    key = app_key(gateway)
+    return gateway, key, Books(gateway, key)
 
 
 async def ask(url: str, key: str, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
