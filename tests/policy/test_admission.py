@@ -35,11 +35,13 @@ def test_a_key_opens_what_its_scope_names(held, asked, let_in):
 
 
 def test_a_key_without_a_scope_opens_nothing():
-    assert isinstance(admit(principal(), scope="messages", model=""), Refused)
+    assert isinstance(admit(principal(), scope="messages", model=None), Refused)
 
 
-@pytest.mark.parametrize(("model", "let_in"), [("haiku", True), ("sonnet", True), ("opus", False), ("", True)])
-def test_a_key_for_some_models_opens_those_alone(model, let_in):
+@pytest.mark.parametrize(
+    ("model", "let_in"), [("haiku", True), ("sonnet", True), ("opus", False), ("", False), (None, True)]
+)
+def test_a_key_for_some_models_opens_those_alone_and_requests_about_none(model, let_in):
     decision = admit(principal("messages", models=("haiku", "sonnet")), scope="messages", model=model)
     assert isinstance(decision, Admitted) == let_in
     if not let_in:

@@ -141,6 +141,22 @@ def test_a_frame_is_given_as_soon_as_its_last_line_feed_has_come():
     assert reader.pending == 0
 
 
+@given(STREAMS, st.sampled_from([b"\n", b"\r\n", b"\r"]))
+@example(b"", b"\r")
+def test_the_end_of_a_stream_gives_out_a_frame_that_only_a_carriage_return_closed(stream, end):
+    stream += b"data: x" + end * 2
+    frames, reader = fed(each_byte(stream))
+    last = reader.close()
+    assert b"".join([*frames, *last]) == stream
+    assert (len(last) == 1) <= stream.endswith(b"\r")
+    assert reader.pending == 0
+
+
+@given(st.binary(max_size=20).filter(lambda tail: not tail.endswith((b"\r", b"\n"))))
+def test_the_end_of_a_stream_makes_no_frame_of_what_is_cut(tail):
+    assert fed([b"data: x\n\n" + tail + b"y"])[1].close() == []
+
+
 @pytest.mark.parametrize(
     ("frame", "event", "data"),
     [
