@@ -12,12 +12,14 @@ import asyncio
 import json
 import random
 import selectors
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from hashlib import sha256
 
 import msgspec
+import structlog
 
 from headgate.gateway.pipeline import Attribution, Pipeline
 from headgate.gateway.settings import load_settings
@@ -338,9 +340,11 @@ class World:
         self.books: dict[tuple[str, int], Books] = {}
         self.open: set[ScriptedConnection] = set()
         self.lines: Counter[str] = Counter()
+        self.lines_nanousd: Counter[str] = Counter()
         self.exchanges: list[Exchange] = []
         self.left = 0
         self.crashes: list[str] = []
+        structlog.configure(processors=[self._noted])
         self.log_digest = sha256()
         self.pipeline = Pipeline(
             load_settings(),
@@ -358,16 +362,22 @@ class World:
     def now_ns(self) -> int:
         return BEGAN_NS + round(self.loop.time() * 1e9)
 
+    def _noted(self, logger: object, method: str, event: dict) -> dict:
+        """What the gateway says beside its lines: here, only what must not happen is kept."""
+        if event["event"] not in ("upstream_credential", "unknown_price"):
+            self.crashes.append(f"{event} {sys.exc_info()[1]!r}")
+        raise structlog.DropEvent
+
     def _logged(self, line: LogLine) -> None:
         self.lines[line.call_id] += 1
+        self.lines_nanousd[line.call_id] += line.cost_nanousd
         self.log_digest.update(encode(line))
 
     # Anthropic
 
     base_path = b""
 
-    async def send(self, data: bytes, track, *, first_byte_timeout_s=None):
-        head, _, body = data.partition(b"\r\n\r\n")
+    async def send(self, head: bytes, body: bytes, track, *, first_byte_timeout_s=None):
         request = msgspec.json.decode(body)
         call_id = request["metadata"]["user_id"]
         number = sum(key in self.books for key in ((call_id, 1), (call_id, 2), (call_id, 3))) + 1
@@ -592,7 +602,7 @@ class World:
         billed = estimated = estimated_true = 0
         for row in tried:
             key = row["call_id"], row["number"]
-            books, usage = self.books[key], json.loads(row["usage"])
+            books, usage = self.books.get(key, Books(row["model"])), json.loads(row["usage"])
             tokens = [usage.get(f"{kind}_tokens", 0) for kind in ("input", "cache_read", "cache_write_5m", "output")]
             own = bill(row["model"], *tokens)
             if row["state"] == "settled" and books.free:
@@ -617,6 +627,11 @@ class World:
             laws.hold(call["outcome"] is not None, "every call has an outcome", call)
             laws.hold(call["cost_nanousd"] == costs[call["call_id"]], "a call costs what its attempts cost", call)
             laws.hold(self.lines[call["call_id"]] == 1, "every call leaves one log line", call)
+            told = self.lines_nanousd[call["call_id"]]
+            laws.hold(told == call["cost_nanousd"], "a log line costs what its call costs", (call, told))
+            exchange = self.exchanges[int(call["call_id"][5:])]
+            left = exchange.gone and not exchange.streamed
+            laws.hold(not left or call["outcome"] == "abandoned", "a call that nobody waited for is abandoned", call)
         laws.hold(set(tables.closed.values()) == {1}, "every call is closed once", tables.closed.most_common(3))
         laws.hold(tables.intents == tables.ended, "every intent ends once", len(tables.intents))
         laws.hold(set(self.books) == set(tables.intents), "the ledger has every attempt and no other", len(self.books))
@@ -625,7 +640,7 @@ class World:
         laws.hold(not tables.fold.open, "the fold lets go of what has ended", len(tables.fold.open))
         laws.hold(not self.open, "no connection to Anthropic is left open", len(self.open))
         laws.hold(self.pipeline.in_background == 0, "nobody is read on in the background", self.pipeline.in_background)
-        laws.hold(not self.crashes, "no task crashes", self.crashes[:3])
+        laws.hold(not self.crashes, "no call crashes", self.crashes[:3])
         unanswered = [one.number for one in self.exchanges if not one.finished and not one.gone]
         laws.hold(not unanswered, "every client that stays is answered", unanswered[:3])
         rows = json.dumps([calls, tried], sort_keys=True).encode()
