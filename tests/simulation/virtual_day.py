@@ -21,8 +21,9 @@ from hashlib import sha256
 import msgspec
 import structlog
 
-from headgate.gateway.pipeline import Attribution, Pipeline
+from headgate.gateway.pipeline import Pipeline
 from headgate.gateway.settings import load_settings
+from headgate.gateway.settlement import Attribution
 from headgate.gateway.tasks import Tasks
 from headgate.gateway.upstream import Answer
 from headgate.policy.records import (

@@ -468,3 +468,30 @@ def test_members_of_what_is_no_object_are_refused(raw):
 def test_elements_of_what_is_no_array_are_refused(raw):
     with pytest.raises(InvalidBody):
         elements(raw, Span(0, len(raw)))
+
+
+def test_a_body_with_more_keys_than_any_use_has_is_refused_before_they_are_made():
+    many = b'{"model":"m","metadata":{' + b",".join(b'"%d":1' % number for number in range(100_001)) + b"}}"
+    with pytest.raises(InvalidBody, match="keys"):
+        scan(many)
+
+
+def test_strings_full_of_brackets_are_looked_through_up_to_a_bound():
+    with pytest.raises(InvalidBody, match="brackets"):
+        scan(b'{"a":[' + b",".join([b'"[{"'] * 300_000) + b"]}")
+
+
+@pytest.mark.parametrize("spaces", [0, 1, 15, 16, 17, 1000, 300_000])
+def test_any_run_of_spaces_is_stepped_over(spaces):
+    body = (
+        b'{"a":1,'
+        + b" " * spaces
+        + b'"model"'
+        + b"\n" * spaces
+        + b":"
+        + b"\t" * spaces
+        + b'"m"'
+        + b"\r" * spaces
+        + b"}"
+    )
+    assert scan(body).fields["model"].of(body) == b'"m"'

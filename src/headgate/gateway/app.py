@@ -217,6 +217,7 @@ class Gateway:
         )
         try:
             sockets = [operator.config.bind_socket()]
+            sockets[0].listen()  # from here on who connects waits for uvicorn, and is not refused
         except (OSError, SystemExit):
             raise ListenError(
                 f"cannot listen on {self._settings.operator_listen}. Choose another with HEADGATE_OPERATOR_LISTEN."

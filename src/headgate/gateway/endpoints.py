@@ -17,9 +17,10 @@ import structlog
 
 from headgate.gateway import forwarding, refusals
 from headgate.gateway.passthrough import Passthrough
-from headgate.gateway.pipeline import ATTRIBUTE_CHARS_MAX, Attribution, Pipeline
+from headgate.gateway.pipeline import ATTRIBUTE_CHARS_MAX, Pipeline
 from headgate.gateway.server import BadEncoding, DecodedTooLarge, Exchange, decode_body
 from headgate.gateway.settings import ServerSection
+from headgate.gateway.settlement import Attribution
 from headgate.policy.admission import admit
 from headgate.policy.bad_key_throttle import AddressThrottle
 from headgate.policy.records import ClientRequest, Principal, Refused, Scope

@@ -11,9 +11,12 @@ from collections.abc import Callable
 import structlog
 
 from headgate.gateway import forwarding, refusals
-from headgate.gateway.pipeline import Attribution, Pipeline, failure_of_status, passed_on_lines, refusal_of
+from headgate.gateway.failures import failure_of_status, passed_on_lines, refusal_of
+from headgate.gateway.pipeline import Pipeline
 from headgate.gateway.server import Exchange
+from headgate.gateway.settlement import Attribution
 from headgate.gateway.upstream import Answer, UpstreamConnection
+from headgate.gateway.waiting import Wait
 from headgate.policy.call import Call, Finish, Send, Sleep
 from headgate.policy.records import ClientRequest, Failure, OutcomeKind, Plan, Principal
 from headgate.policy.retry import RetryPolicy
@@ -47,7 +50,7 @@ class Passthrough:
         # A batch that is created twice is paid twice: only what changes nothing is tried again.
         self._policy = pipeline.retry_policy if repeatable else _ONCE
         self._connection: UpstreamConnection | None = None
-        self._wake: asyncio.Future[None] | None = None
+        self._wait = Wait(pipeline.clock)
         self._gone = False
 
     async def run(self) -> None:
@@ -91,7 +94,7 @@ class Passthrough:
                     answer = reply
                     call.started()
             elif isinstance(step, Sleep):
-                await self._sleep(step.until)
+                await self._wait.until(step.until)
                 call.abandoned() if self._gone else call.woke()
             elif isinstance(step, Finish):
                 self._finish(step.outcome.kind, call, step.outcome.failure, answer)
@@ -146,8 +149,8 @@ class Passthrough:
         self._gone = True
         if self._connection is not None:
             self._connection.abort()
-        elif self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        else:
+            self._wait.wake()
 
     def _abandon(self, answer: Answer, pipe: _Pipe) -> None:
         self._gone = True
@@ -157,14 +160,6 @@ class Passthrough:
     def _track(self, connection: UpstreamConnection) -> bool:
         self._connection = connection
         return not self._gone
-
-    async def _sleep(self, until: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._wake = loop.create_future()
-        timer = loop.call_later(max(until - self._pipeline.clock(), 0.0), _set, self._wake)
-        await self._wake
-        timer.cancel()
-        self._wake = None
 
     def _head(self) -> bytes:
         pipeline, request, exchange = self._pipeline, self._request, self._exchange
@@ -221,8 +216,3 @@ class _Pipe:
     def broke(self, failure: Failure) -> None:
         if not self.done.done():
             self.done.set_result(failure)
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

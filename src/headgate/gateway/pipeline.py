@@ -9,50 +9,33 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import msgspec
 import structlog
 
 from headgate.gateway import forwarding, refusals
+from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
 from headgate.gateway.relay import ClientStream, Relay
 from headgate.gateway.server import Exchange
 from headgate.gateway.settings import Settings
+from headgate.gateway.settlement import Accounts, Attribution, Settlement
 from headgate.gateway.tasks import Tasks
 from headgate.gateway.upstream import Answer, Upstream, UpstreamConnection
+from headgate.gateway.waiting import Wait
 from headgate.policy.admission import admit
 from headgate.policy.call import Call, Finish, Send, Sleep, failure_code
 from headgate.policy.call import Relay as RelayStep
-from headgate.policy.pricing import Cost, is_billable, price
-from headgate.policy.records import (
-    Attempt,
-    AttemptEnded,
-    AttemptIntent,
-    AttemptProgress,
-    AttemptStarted,
-    CallClosed,
-    CallOpened,
-    ClientRequest,
-    Failure,
-    LedgerEvent,
-    Outcome,
-    OutcomeKind,
-    Plan,
-    Principal,
-    Record,
-    Refused,
-)
+from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
 from headgate.policy.retry import Cause, RetryBudget, RetryPolicy, cause
 from headgate.policy.routing import plan as make_plan
-from headgate.policy.token_estimate import OutputCalibration
 from headgate.storage.interfaces import Ledger, LedgerUnavailable
 from headgate.telemetry.log_line import LogLine
 from headgate.telemetry.timestamp import Timestamps
 from headgate.wire import errors
 from headgate.wire.catalog import Catalog
-from headgate.wire.headers import retry_after_s, should_retry
 from headgate.wire.message import InvalidBody, scan
-from headgate.wire.usage import NO_USAGE, Usage, UsageError, decode_usage
+from headgate.wire.stream import StreamFold
+from headgate.wire.usage import UsageError, decode_usage
 
 log = structlog.get_logger()
 
@@ -63,17 +46,6 @@ _LONG_ANSWER_TOKENS = 4096
 """The first-byte limit is for answers of this length when they come whole; longer ones get proportionally more."""
 _LONG_ANSWER_FACTOR_MAX = 32.0
 """Reached at 131,072 tokens, the longest answer there is: a client's number must not make a call endless."""
-
-
-class Attribution(Record, frozen=True, gc=False):
-    """On whose behalf a request is made: from the headers for apps, or the key alone."""
-
-    user: str
-    """Empty: `metadata.user_id` of the body, else the key's owner (only for keys with scope `app`)."""
-    tier: str
-    endpoint: str = "messages"
-    conversation: str = ""
-    deadline_s: float | None = None
 
 
 class _WholeMessage(msgspec.Struct, frozen=True):
@@ -108,7 +80,7 @@ class Pipeline:
         self.settings = settings
         self.upstream = upstream
         self.ledger = ledger
-        self.catalog = catalog
+        self.accounts = Accounts(ledger, catalog)
         self.put_log_line = put_log_line
         self.tasks = tasks
         self.clock = clock
@@ -120,11 +92,9 @@ class Pipeline:
             attempts_max=settings.retry.attempts_max, base_delay_s=settings.retry.base_delay_s
         )
         self.retry_budget = RetryBudget()
-        self.calibration = OutputCalibration()
         self.timestamps = Timestamps()
         self.live: dict[str, MessageCall] = {}
         self.in_background = 0
-        self._assumed_models: set[str] = set()
 
     def start(self, exchange: Exchange, request: ClientRequest, principal: Principal, whose: Attribution) -> None:
         """Serve one complete request to `/v1/messages`."""
@@ -143,14 +113,6 @@ class Pipeline:
         for call in list(self.live.values()):
             call.interrupt()
 
-    def cost(self, usage: Usage, model: str, at_ns: int, *, billable: bool) -> Cost:
-        """The price of an attempt; a model without a price is reported once."""
-        cost = price(usage, model, at_ns, self.catalog, billable=billable)
-        if cost.assumed and model not in self._assumed_models and len(self._assumed_models) < 1000:
-            self._assumed_models.add(model)
-            log.error("unknown_price", model=model, priced_as=cost.price_id, mend="add the model to wire/catalog.toml")
-        return cost
-
 
 class MessageCall:
     """One request to its outcome."""
@@ -161,9 +123,7 @@ class MessageCall:
         "_call",
         "_client",
         "_connection",
-        "_ended",
         "_error_data",
-        "_estimated_bill",
         "_exchange",
         "_first_byte_at",
         "_gone",
@@ -174,11 +134,8 @@ class MessageCall:
         "_principal",
         "_relay",
         "_request",
-        "_saved_nanousd",
-        "_stop_reason",
-        "_total_cost_nanousd",
-        "_usage",
-        "_wake",
+        "_settlement",
+        "_wait",
         "_whose",
         "task",
     )
@@ -204,19 +161,14 @@ class MessageCall:
         self._answer: Answer | None = None
         self._last_answer: Answer | None = None
         self._relay: Relay | None = None
-        self._wake: asyncio.Future[None] | None = None
+        self._wait = Wait(pipeline.clock)
+        self._settlement = Settlement(pipeline.accounts, request)
         self._gone = False
         self._background_until: float | None = None
         self._interrupted = False
         self._error_data = b""
         """The `error` event of the last attempt's stream: the body of the answer, should nothing better come."""
-        self._ended: list[LedgerEvent] = []
-        self._usage = NO_USAGE
-        self._estimated_bill = False
-        self._saved_nanousd = 0
-        self._total_cost_nanousd = 0
         self._first_byte_at: float | None = None
-        self._stop_reason = ""
 
     # the path
 
@@ -260,16 +212,13 @@ class MessageCall:
             self._whose = msgspec.structs.replace(self._whose, user=user)
         admitted = admit(self._principal, scope="messages", model=plan.models[0])
         if isinstance(admitted, Refused):
-            pipeline.ledger.write(
-                self._opened(plan),
-                CallClosed(
-                    call_id=request.call_id,
-                    outcome="refused",
-                    status=admitted.status,
-                    model="",
-                    total_ms=self._ms_since_start(),
-                    error_code=admitted.error_code,
-                ),
+            self._settlement.close(
+                "refused",
+                status=admitted.status,
+                model="",
+                error_code=admitted.error_code,
+                total_ms=self._ms_since_start(),
+                opened=self._settlement.opened(plan, self._principal, self._whose),
             )
             self._refuse(admitted)
             return None
@@ -295,9 +244,14 @@ class MessageCall:
             elif isinstance(step, RelayStep):
                 await self._relay_answer(call, plan)
             elif isinstance(step, Sleep):
-                self._write_ended()
-                await self._sleep(step.until)
-                call.abandoned() if self._gone else call.woke()
+                self._settlement.pause()
+                await self._wait.until(step.until)
+                if self._gone:
+                    call.abandoned()
+                elif self._interrupted:
+                    call.stopped()
+                else:
+                    call.woke()
             elif isinstance(step, Finish):
                 self._finish(step.outcome, plan)
                 return
@@ -305,18 +259,9 @@ class MessageCall:
     async def _send(self, call: Call, plan: Plan, attempt: Attempt) -> None:
         """One attempt, from its intent to the head of its answer."""
         pipeline, request = self._pipeline, self._request
-        intent = AttemptIntent(
-            call_id=request.call_id,
-            number=attempt.number,
-            model=attempt.model,
-            at_ns=pipeline.now_ns(),
-            input_tokens_estimate=plan.input_tokens_estimate,
-            max_tokens=plan.max_tokens,
-        )
-        if attempt.number == 1:
-            pipeline.ledger.write(self._opened(plan), intent)
-        else:
-            pipeline.ledger.write(*self._take_ended(), intent)
+        first = attempt.number == 1
+        opened = self._settlement.opened(plan, self._principal, self._whose) if first else None
+        self._settlement.intend(attempt, plan, pipeline.now_ns(), opened)
         if pipeline.settings.ledger.durability == "power":
             await pipeline.ledger.durable()
         body = plan.body
@@ -344,19 +289,19 @@ class MessageCall:
             reply_failure = self._failure_of(reply, plan)
         else:
             reply_failure = reply
-        self._attempt_failed(call, attempt, reply_failure, started=None)
+        self._attempt_failed(call, plan, attempt, reply_failure)
 
     async def _relay_answer(self, call: Call, plan: Plan) -> None:
         answer, self._answer = self._answer, None
         assert answer is not None
         attempt = Attempt(call.attempts, plan.models[0])
         if plan.streamed:
-            await self._relay_stream(call, attempt, answer)
+            await self._relay_stream(call, plan, attempt, answer)
         else:
-            self._relay_whole(call, attempt, answer)
+            self._relay_whole(call, plan, attempt, answer)
 
-    async def _relay_stream(self, call: Call, attempt: Attempt, answer: Answer) -> None:
-        pipeline = self._pipeline
+    async def _relay_stream(self, call: Call, plan: Plan, attempt: Attempt, answer: Answer) -> None:
+        pipeline, settlement = self._pipeline, self._settlement
         assert self._client is not None
         self._last_answer = answer
         relay = self._relay = Relay(
@@ -364,9 +309,9 @@ class MessageCall:
             self._client,
             hold_s=pipeline.settings.upstream.hold_s,
             clock=pipeline.clock,
-            on_start=lambda: self._attempt_started(attempt, answer),
+            on_start=lambda: settlement.started(attempt, answer, relay.fold),
             on_commit=call.commit,
-            on_progress=lambda: self._attempt_progressed(attempt),
+            on_progress=lambda: settlement.progressed(attempt, plan, relay.fold),
         )
         if self._gone:
             relay.abandon()
@@ -374,19 +319,18 @@ class MessageCall:
             answer.attach(relay)
         failure = await relay.done
         self._relay = None
-        fold = relay.fold
-        if fold.complete:
+        if relay.fold.complete:
             # Whole, even when the client left during the last bytes.
-            self._settle_stream(attempt, relay, answer)
+            settlement.completed_stream(attempt, answer, relay.fold)
             call.completed(200)
         elif self._gone:
-            self._end_attempt(attempt, "estimated", _CLIENT_CLOSED, self._estimated(relay), answer, "client_left")
+            settlement.left(attempt, plan, answer, relay.fold, status=_CLIENT_CLOSED)
             call.abandoned()
         else:
             assert failure is not None
-            self._attempt_failed(call, attempt, failure, started=relay)
+            self._attempt_failed(call, plan, attempt, failure, relay.fold)
 
-    def _relay_whole(self, call: Call, attempt: Attempt, answer: Answer) -> None:
+    def _relay_whole(self, call: Call, plan: Plan, attempt: Attempt, answer: Answer) -> None:
         """An answer that is not streamed: it is here, whole, with its bill."""
         self._last_answer = answer
         body = answer.body()
@@ -395,12 +339,15 @@ class MessageCall:
             usage = decode_usage(message.usage)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
             failure = Failure(kind="malformed", status=200, message=f"Anthropic's answer cannot be read: {error}")
-            self._attempt_failed(call, attempt, failure, started=None)
+            self._attempt_failed(call, plan, attempt, failure)
             return
-        self._stop_reason = message.stop_reason or ""
-        billable = is_billable(stop_reason=self._stop_reason, has_content=bool(message.content))
-        ended = self._end_attempt(
-            attempt, "settled", 200, usage, answer, model=message.model or attempt.model, billable=billable
+        cost_nanousd = self._settlement.completed_whole(
+            attempt,
+            answer,
+            usage,
+            model=message.model,
+            stop_reason=message.stop_reason or "",
+            has_content=bool(message.content),
         )
         if self._gone:
             call.abandoned()
@@ -412,7 +359,7 @@ class MessageCall:
         lines = b"%b%bx-headgate-cost-usd: %d.%09d\r\nx-headgate-cache: %b\r\n" % (
             forwarding.response_lines(answer.headers),
             self._own_lines(),
-            *divmod(ended.cost_nanousd, 1_000_000_000),
+            *divmod(cost_nanousd, 1_000_000_000),
             cache,
         )
         call.completed(200)
@@ -430,18 +377,13 @@ class MessageCall:
         model = outcome.model
         total_ms = self._ms_since_start()
         first_byte_ms = None if self._first_byte_at is None else self._ms_to(self._first_byte_at)
-        self._pipeline.ledger.write(
-            *self._take_ended(),
-            CallClosed(
-                call_id=self._request.call_id,
-                outcome=outcome.kind,
-                status=status,
-                model=model,
-                total_ms=total_ms,
-                first_byte_ms=first_byte_ms,
-                error_code=error_code,
-                stop_reason=self._stop_reason,
-            ),
+        self._settlement.close(
+            outcome.kind,
+            status=status,
+            model=model,
+            error_code=error_code,
+            total_ms=total_ms,
+            first_byte_ms=first_byte_ms,
         )
         self._log(
             plan,
@@ -474,8 +416,8 @@ class MessageCall:
             self._relay.broke(Failure(kind="reset", status=200, message="The gateway is restarting."))
         elif self._connection is not None:
             self._connection.abort()
-        elif self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        else:
+            self._wait.wake()
 
     def _client_left(self) -> None:
         """Design §5.4: in backoff nothing more is sent; streaming, upstream is closed; else it is read on."""
@@ -483,9 +425,8 @@ class MessageCall:
         pipeline = self._pipeline
         if self._relay is not None:
             self._relay.abandon()
-        elif self._wake is not None:
-            if not self._wake.done():
-                self._wake.set_result(None)
+        elif self._wait.waiting:
+            self._wait.wake()
         elif self._connection is not None:
             streamed = self._plan is not None and self._plan.streamed
             if streamed or pipeline.in_background >= pipeline.settings.upstream.background_max:
@@ -507,7 +448,7 @@ class MessageCall:
                 # Anthropic's own error event has been passed on already.
                 self._exchange.end()
                 return 200
-            error_type, code, message = _cut_error(failure, interrupted=self._interrupted)
+            error_type, code, message = cut_error(failure, interrupted=self._interrupted)
             self._client.end(errors.event(error_type, message, code=code, request_id=call_id))
             return 200
         if self._interrupted:
@@ -588,13 +529,27 @@ class MessageCall:
         limit_s = self._pipeline.settings.upstream.first_byte_timeout_s
         return limit_s * min(max(1.0, plan.max_tokens / _LONG_ANSWER_TOKENS), _LONG_ANSWER_FACTOR_MAX)
 
-    async def _sleep(self, until: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._wake = loop.create_future()
-        timer = loop.call_later(max(until - self._pipeline.clock(), 0.0), _set, self._wake)
-        await self._wake
-        timer.cancel()
-        self._wake = None
+    def _attempt_failed(
+        self, call: Call, plan: Plan, attempt: Attempt, failure: Failure, fold: StreamFold | None = None
+    ) -> None:
+        """Settle what the attempt may have cost, then ask the call what follows."""
+        if self._interrupted:
+            # The process ends: whatever broke, nothing is tried again.
+            failure = msgspec.structs.replace(failure, should_retry=False)
+        self._settlement.failed(attempt, plan, failure, self._last_answer, fold)
+        if cause(failure) is Cause.CREDENTIAL:
+            log.error(
+                "upstream_credential",
+                call_id=self._request.call_id,
+                status=failure.status,
+                code=failure_code(failure),
+                mend="check ANTHROPIC_API_KEY and the certificate of the upstream URL",
+            )
+        self._error_data = fold.error_data if fold is not None else b""
+        if self._gone:
+            call.abandoned()
+        else:
+            call.failed(failure, self._pipeline.clock())
 
     def _failure_of(self, answer: Answer, plan: Plan) -> Failure:
         """Why an answer with a head is no answer to this request."""
@@ -604,147 +559,6 @@ class MessageCall:
             asked = "a stream" if plan.streamed else "a message"
             return Failure(kind="malformed", status=200, message=f"Anthropic did not answer with {asked}.")
         return failure_of_status(answer, self._pipeline.now_ns())
-
-    # the bill
-
-    def _attempt_started(self, attempt: Attempt, answer: Answer) -> None:
-        assert self._relay is not None
-        self._pipeline.ledger.write(
-            AttemptStarted(
-                call_id=self._request.call_id,
-                number=attempt.number,
-                upstream_request_id=_request_id(answer),
-                usage=self._relay.fold.usage,
-            )
-        )
-
-    def _attempt_progressed(self, attempt: Attempt) -> None:
-        assert self._relay is not None
-        self._pipeline.ledger.write(
-            AttemptProgress(
-                call_id=self._request.call_id,
-                number=attempt.number,
-                output_tokens=self._estimated(self._relay).output_tokens,
-            )
-        )
-
-    def _attempt_failed(self, call: Call, attempt: Attempt, failure: Failure, *, started: Relay | None) -> None:
-        """Settle what the attempt may have cost, then ask the call what follows."""
-        code = failure_code(failure)
-        answer = self._last_answer
-        if started is not None and started.fold.started:
-            self._end_attempt(attempt, "estimated", failure.status, self._estimated(started), answer, code)
-        elif failure.sent and failure.kind not in ("status", "stream_error"):
-            # It may have been worked on and billed: never free, until a reconciliation says otherwise.
-            self._end_attempt(attempt, "estimated", failure.status, self._input_estimate(), None, code)
-        else:
-            self._end_attempt(attempt, "void", failure.status, NO_USAGE, answer if failure.status else None, code)
-        if cause(failure) is Cause.CREDENTIAL:
-            log.error(
-                "upstream_credential",
-                call_id=self._request.call_id,
-                status=failure.status,
-                code=code,
-                mend="check ANTHROPIC_API_KEY and the certificate of the upstream URL",
-            )
-        self._error_data = started.fold.error_data if started is not None else b""
-        if self._gone:
-            call.abandoned()
-        else:
-            call.failed(failure, self._pipeline.clock())
-
-    def _settle_stream(self, attempt: Attempt, relay: Relay, answer: Answer) -> None:
-        fold = relay.fold
-        self._stop_reason = fold.stop_reason
-        has_content = fold.saw_content or fold.saw_block
-        usage = fold.usage
-        self._pipeline.calibration.observe(
-            attempt.model,
-            output_bytes=fold.output_bytes,
-            output_tokens=usage.output_tokens - usage.thinking_tokens,
-        )
-        self._end_attempt(
-            attempt,
-            "settled",
-            200,
-            usage,
-            answer,
-            model=fold.model or attempt.model,
-            billable=is_billable(stop_reason=fold.stop_reason, has_content=has_content),
-        )
-
-    def _estimated(self, relay: Relay) -> Usage:
-        """Usage of an answer that did not end: exact input, and output by the bytes that went by."""
-        fold = relay.fold
-        if not fold.started:
-            return self._input_estimate()
-        if fold.usage_final:
-            return fold.usage
-        assert self._plan is not None
-        seen = self._pipeline.calibration.tokens(self._plan.models[0], fold.output_bytes)
-        return msgspec.structs.replace(fold.usage, output_tokens=max(seen, fold.usage.output_tokens))
-
-    def _input_estimate(self) -> Usage:
-        assert self._plan is not None
-        return Usage(input_tokens=self._plan.input_tokens_estimate)
-
-    def _end_attempt(
-        self,
-        attempt: Attempt,
-        state: Literal["settled", "estimated", "void"],
-        status: int,
-        usage: Usage,
-        answer: Answer | None,
-        error_code: str = "",
-        *,
-        model: str = "",
-        billable: bool = True,
-    ) -> AttemptEnded:
-        """The attempt's terminal row; it is written with the next thing that is."""
-        cost = self._pipeline.cost(
-            usage, model or attempt.model, self._request.received_at_ns, billable=billable and state != "void"
-        )
-        ended = AttemptEnded(
-            call_id=self._request.call_id,
-            number=attempt.number,
-            state=state,
-            status=status,
-            usage=usage,
-            price_id=cost.price_id,
-            cost_nanousd=cost.cost_nanousd,
-            saved_nanousd=cost.saved_nanousd,
-            error_code=error_code,
-            upstream_request_id=_request_id(answer),
-        )
-        self._ended.append(ended)
-        self._usage = usage
-        self._estimated_bill = state == "estimated"
-        self._saved_nanousd = cost.saved_nanousd
-        self._total_cost_nanousd += cost.cost_nanousd
-        return ended
-
-    def _take_ended(self) -> list[LedgerEvent]:
-        ended, self._ended = self._ended, []
-        return ended
-
-    def _write_ended(self) -> None:
-        if self._ended:
-            self._pipeline.ledger.write(*self._take_ended())
-
-    def _opened(self, plan: Plan) -> CallOpened:
-        whose = self._whose
-        return CallOpened(
-            call_id=self._request.call_id,
-            at_ns=self._request.received_at_ns,
-            key_id=self._principal.key_id,
-            user=whose.user,
-            tier=whose.tier,
-            endpoint=whose.endpoint,
-            model_asked=plan.models[0],
-            streamed=plan.streamed,
-            conversation=whose.conversation,
-            arm=plan.arm,
-        )
 
     # the log
 
@@ -768,7 +582,8 @@ class MessageCall:
         total_ms: int,
         first_byte_ms: int | None,
     ) -> None:
-        request, whose, usage = self._request, self._whose, self._usage
+        request, whose, settlement = self._request, self._whose, self._settlement
+        usage = settlement.usage
         self._pipeline.put_log_line(
             LogLine(
                 event="call",
@@ -799,11 +614,11 @@ class MessageCall:
                 cache_write_5m_tokens=usage.cache_write_5m_tokens,
                 cache_write_1h_tokens=usage.cache_write_1h_tokens,
                 output_tokens=usage.output_tokens,
-                estimated=self._estimated_bill,
-                cost_nanousd=self._total_cost_nanousd,
-                saved_nanousd=self._saved_nanousd,
-                stop_reason=self._stop_reason,
-                upstream_request_id=_request_id(self._last_answer),
+                estimated=settlement.estimated,
+                cost_nanousd=settlement.cost_nanousd,
+                saved_nanousd=settlement.saved_nanousd,
+                stop_reason=settlement.stop_reason,
+                upstream_request_id=request_id(self._last_answer),
             )
         )
 
@@ -815,63 +630,3 @@ _CONTROL = bytes(range(32)) + b"\x7f"
 def _header_value(text: str) -> bytes:
     """A caller's text as it may stand in a header: one line, ASCII."""
     return text.encode("ascii", "replace").translate(None, _CONTROL)
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _request_id(answer: Answer | None) -> str:
-    return answer.header_map.get(b"request-id", b"").decode("latin-1") if answer is not None else ""
-
-
-def failure_of_status(answer: Answer, now_ns: int) -> Failure:
-    """What an error answer of Anthropic's says."""
-    envelope = errors.parse(answer.body())
-    headers = answer.header_map
-    return Failure(
-        kind="status",
-        status=answer.status,
-        error_type=envelope.error.type,
-        error_code=errors.error_code(envelope),
-        message=envelope.error.message,
-        retry_after_s=retry_after_s(headers, now_s=now_ns / 1e9),
-        should_retry=should_retry(headers),
-        upstream_request_id=_request_id(answer),
-    )
-
-
-def passed_on_lines(answer: Answer, failure: Failure) -> bytes | None:
-    """The header lines of an error of Anthropic's that the client sees as it is, with our advice on trying again.
-
-    None for what is not the client's to see: 401 and 403 are about our own key, a redirect is about us.
-    """
-    if answer.status < 400 or answer.status in (401, 403):
-        return None
-    return forwarding.response_lines(answer.headers) + refusals.advice(failure.retry_after_s, should_retry=False)
-
-
-def _cut_error(failure: Failure, *, interrupted: bool) -> tuple[str, str, str]:
-    """`(type, code, message)` of the last event of a stream that did not reach its end."""
-    if interrupted:
-        return "overloaded_error", "restarting", "The gateway is restarting. Try again."
-    if failure.kind == "stall":
-        return "api_error", "upstream_stalled", failure.message
-    if failure.kind == "stream_error":
-        return failure.error_type, failure.error_code or failure.error_type, failure.message
-    return "api_error", "upstream_cut", failure.message or "Anthropic's stream ended early."
-
-
-def refusal_of(failure: Failure) -> Refused:
-    """What a client is told when there is no answer of Anthropic's to pass on."""
-    code = failure_code(failure)
-    match failure.kind:
-        case "timeout" | "stall":
-            return Refused(504, "timeout_error", code, failure.message)
-        case "status" if failure.status in (401, 403):
-            return Refused(502, "api_error", "upstream_credential", "Anthropic refused this gateway's own key.")
-        case "status":
-            return Refused(502, "api_error", code, f"Anthropic answered with status {failure.status}.")
-        case _:
-            return Refused(502, "api_error", code, failure.message)

@@ -178,7 +178,7 @@ def config_path(environ: Mapping[str, str]) -> Path:
 def host_port(value: str) -> tuple[str, int]:
     """`host:port` taken apart; an IPv6 address stands in brackets. Raises ValueError with the form that is meant."""
     host, colon, port = value.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65_535:
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise ValueError(f"must be host:port, as in 127.0.0.1:8080, not {value!r}")
     return host.strip("[]"), int(port)
 

@@ -136,6 +136,12 @@ class Call:
         assert self._state != "DONE", self
         self._finish("abandoned", 499)
 
+    def stopped(self) -> None:
+        """The process ends while nothing is under way: nothing is sent any more."""
+        assert self._state == "BACKOFF", self
+        failure = Failure(kind="connect", message="The gateway is restarting.", should_retry=False, sent=False)
+        self._finish("failed", 529, failure)
+
     def _next_attempt(self) -> Send:
         assert not self._committed, "no second attempt after the commit point"
         self._attempts += 1

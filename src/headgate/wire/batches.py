@@ -10,6 +10,8 @@ import msgspec
 
 from headgate.wire.message import InvalidBody, Splice, elements, members, scan, splice
 
+REQUESTS_MAX = 10_000
+"""Of a batch that is looked into, which happens on the loop; others may have all that Anthropic takes."""
 _PATH = "/v1/messages/batches/"
 _string = msgspec.json.Decoder(str)
 
@@ -41,7 +43,10 @@ def request_params(body: bytes) -> list[bytes]:
     if requests is None or body[requests.start] != ord("["):
         raise InvalidBody("requests: Input should be a valid list")
     found = []
-    for request in elements(body, requests):
+    spans = elements(body, requests)
+    if len(spans) > REQUESTS_MAX:
+        raise InvalidBody(f"requests: at most {REQUESTS_MAX} in a batch of a key that is limited to some models")
+    for request in spans:
         params = members(body, request).get("params")
         if params is None:
             raise InvalidBody("requests: params: Field required")

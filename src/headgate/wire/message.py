@@ -18,6 +18,13 @@ import msgspec
 DEPTH_MAX = 200
 """Levels of nesting a body may have (failure-model §2.2: parsers behind us die at about 5,000)."""
 
+KEYS_MAX = 100_000
+"""Keys that a body may have, at all levels together: three million of them would hold the loop up for seconds."""
+STRUCTURE_BYTES_MAX = 1_000_000
+"""Brackets and quotes that are looked through for the depth."""
+_COUNTED_FROM_BYTES = 256 << 10
+_SPACES_BY_HAND = 16
+
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 _string = msgspec.json.Decoder(str)
@@ -129,7 +136,8 @@ class MessageRequest:
 def scan(body: bytes) -> MessageRequest:
     """Find the top-level fields of a request body.
 
-    Raises InvalidBody: not UTF-8, not JSON, not an object, nested deeper than 200, a key twice, NaN, a lone surrogate.
+    Raises InvalidBody: not UTF-8, not JSON, not an object, nested deeper than 200, a key twice, NaN, a lone surrogate,
+    more keys or brackets than a body of any use has.
     """
     if body.isascii():
         chars = len(body)
@@ -138,6 +146,8 @@ def scan(body: bytes) -> MessageRequest:
             chars = len(body.decode())
         except UnicodeDecodeError as error:
             raise InvalidBody(f"The request body is not valid UTF-8 at byte {error.start}.") from None
+    if len(body) > _COUNTED_FROM_BYTES and body.count(b'":') > KEYS_MAX:
+        raise InvalidBody(f"The request body has more than {KEYS_MAX} keys.")
     # Counting by what is gone after a replace: 0.8 µs for 18 KB, where bytes.count takes 5.5 (it uses no memchr).
     if len(body) - len(body.replace(b"{", b"").replace(b"[", b"")) > DEPTH_MAX and _deeper_than(body, DEPTH_MAX):
         raise InvalidBody(f"The request body is nested deeper than {DEPTH_MAX} levels.")
@@ -244,9 +254,11 @@ def _skip_escaped_key(body: bytes, at: int, key: str) -> int:
 
 
 def _skip_whitespace(body: bytes, at: int) -> int:
-    while body[at] in _WHITESPACE:
+    for _ in range(_SPACES_BY_HAND):
+        if body[at] not in _WHITESPACE:
+            return at
         at += 1
-    return at
+    return len(body) - len(body[at:].lstrip(b" \t\n\r"))
 
 
 def _duplicate(key: str) -> InvalidBody:
@@ -258,12 +270,15 @@ def _deeper_than(body: bytes, depth_max: int) -> bool:
     """Whether brackets outside of strings nest deeper than `depth_max`. What is no JSON is left to the decoder.
 
     As many levels as requests have are peeled off whole, innermost pairs first; what is left, which is little or the
-    work of an attacker, is walked (32 MB of brackets take two seconds, and peeled to the end several times that).
+    work of an attacker, is walked: of bounded length, for 32 MB of brackets would take two seconds.
     """
     if b"\\" in body:
         # First of all: without its letters, the escape of a line feed would swallow the quote that follows it.
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    levels = b"".join(body.translate(_LEVELS, _NOT_LEVELS).split(b'"')[::2])
+    marks = body.translate(_LEVELS, _NOT_LEVELS)
+    if len(marks) > STRUCTURE_BYTES_MAX:
+        raise InvalidBody(f"The request body has more than {STRUCTURE_BYTES_MAX} brackets and quotes.")
+    levels = b"".join(marks.split(b'"')[::2])
     for _ in range(_PEELS):
         levels = levels.replace(b"\x01\xff", b"")
     return max(accumulate(memoryview(levels).cast("b")), default=0) > depth_max - _PEELS
