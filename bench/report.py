@@ -200,7 +200,7 @@ def write_figures(figures: dict[str, object]) -> str:
         + ("kept awake." if machine["cores_kept_awake"] else "free to sleep."),
         *(f"- {name}: {version}" for name, version in versions.items()),
         f"- Others on the gateway's core (or time the host took) above {OTHERS_SHARE_MAX:.0%} in {many} of {all_loads} "
-        "loads: latencies and requests/s reached suffer from it, CPU a request hardly.",
+        "loads: latencies and requests/s reached suffer from it, CPU a request less.",
         "",
         "| what | bar | " + " | ".join(gateways) + " |",
         "| --- | --- |" + " --- |" * len(gateways),

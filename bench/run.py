@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     compile_tools(options.cache / "build")
     for gateway in gateways:
         gateway.prepare(options.cache)
+    versions = {gateway.name: gateway.version() for gateway in gateways}
 
     results: dict[str, list[dict[str, measure.Record]]] = {name: [] for name in ["direct", *(g.name for g in gateways)]}
     failures: list[str] = []
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "measured_at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
         "machine": {**machine_facts(), "cores_kept_awake": awake},
-        "versions": {gateway.name: gateway.version() for gateway in gateways},
+        "versions": versions,
         "durations": asdict(durations),
         "failures": failures,
         "results": results,
