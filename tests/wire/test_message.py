@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -310,12 +309,11 @@ def test_brackets_in_strings_are_no_depth(texts, depth):
             scan(body)
 
 
-def test_thirty_two_megabytes_of_brackets_are_judged_in_seconds():
+@pytest.mark.parametrize("size", [2 << 20, 32 << 20])
+def test_megabytes_of_brackets_are_refused_without_a_look_at_each(size):
     element = b"[" * 190 + b"]" * 190 + b","
-    body = b'{"a":[' + element * ((2 << 20) // len(element)) + b"[]]}"
-    began = time.process_time()
-    assert scan(body).fields
-    assert time.process_time() - began < 1.5  # for 2 MiB: a sixteenth of the largest body
+    with pytest.raises(InvalidBody, match="brackets"):
+        scan(b'{"a":[' + element * (size // len(element)) + b"[]]}")
 
 
 @given(st.binary(max_size=60))
