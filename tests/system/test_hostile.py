@@ -1176,3 +1176,62 @@ def test_a_batch_in_a_nasty_shape_does_not_stop_the_others(house, shape):
     assert answer.status in (400, 403, 413)
     assert longest_s < 1.0
     assert not any(b"/batches" in heard.head for heard in house.upstream.heard)
+
+
+# what comes back
+
+
+def test_an_answer_that_echoes_our_key_does_not_hand_it_on(house):
+    """Debugging proxies echo what they were sent; the client's key is no secret from the client, ours is."""
+    echoes = (b"x-api-key", b"authorization", b"proxy-authorization", b"x-headgate-hop")
+
+    def echoing(status: bytes) -> bytes:
+        return response(MESSAGE, *[b"%b: %b" % (name, UPSTREAM_KEY.encode()) for name in echoes], status=status)
+
+    for status in (b"200 OK", b"400 Bad Request", b"529 Busy"):
+        house.upstream.answer = lambda heard, status=status: echoing(status)
+        for path in (b"/v1/messages", b"/v1/messages/count_tokens"):
+            with connect(house.url) as sock:
+                sock.sendall(post(house.key, path=path))
+                assert UPSTREAM_KEY.encode() not in read(sock, count=1)
+
+
+def test_what_upstream_names_as_its_hops_own_stays_there(house):
+    house.upstream.answer = lambda heard: response(MESSAGE, b"connection: x-hop, keep-alive", b"x-hop: 1", b"x-far: 2")
+    answer = house.healthy()
+    assert (answer.header("x-hop"), answer.header("x-far")) == ("", "2")
+
+
+@pytest.mark.parametrize("status", [b"999 Odd", b"600 Odd", b"204 No Content", b"304 Not Modified", b"302 Found"])
+def test_a_status_that_is_no_answer_to_a_message_is_ours_to_tell(house, status):
+    house.upstream.answer = lambda heard: response(b"", status=status)
+    (answer,) = talk(house.url, post(house.key), count=1)
+    assert answer.status == 502
+    assert json.loads(answer.body)["error"]["type"] == "api_error"
+
+
+def test_an_errors_name_is_not_hoarded_in_the_log(house):
+    name = "n" * 100_000
+    error = {"type": "error", "error": {"type": name, "message": "no", "details": {"error_code": name}}}
+    house.upstream.answer = lambda heard: response(json.dumps(error).encode(), status=b"400 Bad Request")
+    before = house.gateway.process.log.stat().st_size
+    (answer,) = talk(house.url, post(house.key), count=1)
+    assert json.loads(answer.body) == error
+    mark = answer.header("x-headgate-call").encode()
+    until(lambda: mark in house.gateway.process.log.read_bytes()[before:], what="the log line")
+    written = house.gateway.process.log.read_bytes()[before:]
+    assert max(len(line) for line in written.split(b"\n")) < 4096
+
+
+@pytest.mark.parametrize("event", [b"event: unknown\ndata: {}\n\n", b": comment\n\n", b"event: ping\ndata: {}\n\n"])
+def test_a_stream_that_does_not_begin_is_not_hoarded(house, event):
+    chunk = b"%x\r\n%b\r\n" % (3000 * len(event), event * 3000)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    house.upstream.answer = lambda heard: head + chunk * 600 + b"0\r\n\r\n"
+    before = resident_bytes(house.pid)
+    forget_peak(house.pid)
+    with connect(house.url) as sock:
+        sock.sendall(post(house.key, BODY[:-1] + b',"stream":true}'))
+        data = read(sock, within_s=20)
+    assert resident_bytes(house.pid, "VmHWM") - before < 48 << 20
+    assert answers(data)[0].status == 502 or b"event: error\n" in data
