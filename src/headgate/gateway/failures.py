@@ -11,6 +11,7 @@ from headgate.policy.call import failure_code
 from headgate.policy.records import Failure, Refused
 from headgate.wire import errors
 from headgate.wire.headers import retry_after_s, should_retry
+from headgate.wire.stream import NAME_CHARS_MAX
 
 
 def request_id(answer: Answer | None) -> str:
@@ -25,8 +26,8 @@ def failure_of_status(answer: Answer, now_ns: int) -> Failure:
     return Failure(
         kind="status",
         status=answer.status,
-        error_type=envelope.error.type,
-        error_code=errors.error_code(envelope),
+        error_type=envelope.error.type[:NAME_CHARS_MAX],
+        error_code=errors.error_code(envelope)[:NAME_CHARS_MAX],
         message=envelope.error.message,
         retry_after_s=retry_after_s(headers, now_s=now_ns / 1e9),
         should_retry=should_retry(headers),
@@ -37,9 +38,10 @@ def failure_of_status(answer: Answer, now_ns: int) -> Failure:
 def passed_on_lines(answer: Answer, failure: Failure) -> bytes | None:
     """The header lines of an error of Anthropic's that the client sees as it is, with our advice on trying again.
 
-    None for what is not the client's to see: 401 and 403 are about our own key, a redirect is about us.
+    None for what is not the client's to see: 401 and 403 are about our own key, a redirect is about us, and
+    beyond 599 there is no status.
     """
-    if answer.status < 400 or answer.status in (401, 403):
+    if not 400 <= answer.status <= 599 or answer.status in (401, 403):
         return None
     return forwarding.response_lines(answer.headers) + refusals.advice(failure.retry_after_s, should_retry=False)
 

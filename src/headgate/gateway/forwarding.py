@@ -27,6 +27,10 @@ _KEPT_BACK = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        # Credentials: an edge or a debugging proxy that echoes what it was sent would hand our key on.
+        b"authorization",
+        b"proxy-authorization",
+        b"x-api-key",
         # Of Anthropic's edge, meant for us and not for our clients.
         b"alt-svc",
         b"set-cookie",
@@ -71,24 +75,25 @@ _back_verdicts = _Verdicts(_goes_back)
 
 
 def request_lines(headers: Headers) -> bytes:
-    """The lines of a client's head that Anthropic gets, `name: value\\r\\n` each, names in lower case.
-
-    `headers` have lower-case names. What `Connection` names is hop-by-hop by definition and stays behind.
-    """
-    hop: set[bytes] = set()
-    lines = []
-    for name, value in headers:
-        begin = _upstream_verdicts[name]
-        if begin is not None:
-            lines.append(begin + value + b"\r\n")
-        elif name == b"connection" and value.lower() not in (b"keep-alive", b"close"):
-            hop.update(token.strip().lower() + b":" for token in value.split(b","))
-    if hop:
-        lines = [line for line in lines if not line.startswith(tuple(hop))]
-    return b"".join(lines)
+    """The lines of a client's head that Anthropic gets, `name: value\\r\\n` each; `headers` have lower-case names."""
+    return _lines(headers, _upstream_verdicts)
 
 
 def response_lines(headers: Headers) -> bytes:
     """The lines of Anthropic's head that the client gets, as they were; `headers` have names in any case."""
-    verdicts = _back_verdicts
-    return b"".join([begin + value + b"\r\n" for name, value in headers if (begin := verdicts[name]) is not None])
+    return _lines(headers, _back_verdicts)
+
+
+def _lines(headers: Headers, verdicts: _Verdicts) -> bytes:
+    """The lines that pass. What `Connection` names is hop-by-hop by definition and stays behind."""
+    hop: set[bytes] = set()
+    lines = []
+    for name, value in headers:
+        begin = verdicts[name]
+        if begin is not None:
+            lines.append(begin + value + b"\r\n")
+        elif name.lower() == b"connection" and value.lower() not in (b"keep-alive", b"close"):
+            hop.update(token.strip().lower() for token in value.split(b","))
+    if hop:
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in hop]
+    return b"".join(lines)

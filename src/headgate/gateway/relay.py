@@ -16,6 +16,7 @@ from headgate.wire import sse
 from headgate.wire.stream import Kind, MalformedStream, StreamFold
 
 PROGRESS_INTERVAL_S = 2.0
+HELD_BYTES_MAX = 256 << 10
 
 _ENDS = frozenset({Kind.STOP, Kind.ERROR})
 
@@ -68,6 +69,7 @@ class Relay:
         "_client",
         "_clock",
         "_held",
+        "_held_bytes",
         "_hold_s",
         "_hold_timer",
         "_on_commit",
@@ -101,6 +103,7 @@ class Relay:
         self._on_progress = on_progress
         self._reader = sse.SseReader()
         self._held: list[bytes] = []
+        self._held_bytes = 0
         self._hold_timer: asyncio.TimerHandle | None = None
         self._progress_at = clock()
         self._reported_bytes = 0
@@ -150,7 +153,7 @@ class Relay:
                 if self.committed:
                     ready.append(frame)
                 else:
-                    self._held.append(frame)
+                    self._hold(frame)
         except MalformedStream as error:
             self._pass_on(ready)
             self._stop(Failure(kind="malformed", status=200, message=str(error)))
@@ -177,6 +180,15 @@ class Relay:
         self._answer.pause(paused)
 
     # inside
+
+    def _hold(self, frame: bytes) -> None:
+        """Keep an event for the commit point; beyond a bound the point has come, or the stream never begins."""
+        self._held.append(frame)
+        self._held_bytes += len(frame)
+        if self._held_bytes > HELD_BYTES_MAX:
+            if not self.fold.started:
+                raise MalformedStream(f"no message_start in {HELD_BYTES_MAX} bytes")
+            self._commit()
 
     def _pass_on(self, frames: list[bytes]) -> None:
         if frames:

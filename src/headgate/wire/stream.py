@@ -22,6 +22,10 @@ _json = msgspec.json.Decoder(msgspec.Raw)
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
+NAME_CHARS_MAX = 256
+"""Of an error's type or code, as it is kept."""
+
+
 class Kind(enum.Enum):
     """What a frame is to the relay."""
 
@@ -216,9 +220,9 @@ class StreamFold:
         except _UNREADABLE as problem:
             raise MalformedStream(f"error event: {problem}") from None
         self.error_data = data
-        self.error_type = error.type
+        self.error_type = error.type[:NAME_CHARS_MAX]
         self.error_message = error.message
-        self.error_code = (error.details and error.details.error_code) or ""
+        self.error_code = ((error.details and error.details.error_code) or "")[:NAME_CHARS_MAX]
         return Kind.ERROR
 
     def _must_have_started(self, event: bytes) -> None:
