@@ -263,7 +263,7 @@ def test_no_frame_raises_anything_but_malformed_stream(frame, started):
         pass
 
 
-START = b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","model":"m","usage":{"input_tokens":1}}}\n\n'
+START = b'event: message_start\ndata: {"message":{"id":"m","model":"m","usage":{"input_tokens":1}}}\n\n'
 
 
 @pytest.mark.parametrize("indexes", [[1], [0, 0], [0, 2], [0, 1, 1], [-1]])
