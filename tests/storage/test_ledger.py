@@ -194,8 +194,8 @@ def test_the_sweep_of_a_living_process_adopts_what_another_left(tmp_path, open_l
     survivor.flush()
     assert states(tmp_path) == {call(1).id: "open"}  # its process lives
     other.close()
-    survivor.sweep(set())
-    eventually(lambda: states(tmp_path) == {call(1).id: "estimated"})
+    # As the gateway does, again and again: one sweep may find the database busy.
+    eventually(lambda: survivor.sweep(set()) or states(tmp_path) == {call(1).id: "estimated"})
 
 
 def test_two_processes_in_one_data_directory_do_not_harm_each_other(tmp_path, open_ledger):

@@ -81,17 +81,20 @@ def answers(data: bytes) -> list[Answer]:
         named = dict(headers)
         body = b""
         if "transfer-encoding" in named:
-            while True:
-                size_line, end, rest = rest.partition(b"\r\n")
-                if not end:
+            pieces = []
+            at, size = 0, -1
+            while size:
+                line_end = rest.find(b"\r\n", at)
+                if line_end < 0:
                     raise Cut("no chunk")
-                size = int(size_line, 16)
-                body += rest[:size]
-                if rest[size : size + 2] != b"\r\n":
+                size = int(rest[at:line_end], 16)
+                at = line_end + 2 + size + 2
+                if len(rest) < at:
                     raise Cut("no end of a chunk")
-                rest = rest[size + 2 :]
-                if size == 0:
-                    break
+                if rest[at - 2 : at] != b"\r\n":
+                    raise NotHttp("a chunk without its end")
+                pieces.append(rest[line_end + 2 : at - 2])
+            body, rest = b"".join(pieces), rest[at:]
         else:
             size = int(named["content-length"])
             if len(rest) < size:

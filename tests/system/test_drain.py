@@ -81,7 +81,7 @@ def accepts(gateway: Gateway, *, operator: bool = False) -> bool:
     try:
         with socket.create_connection((parts.hostname, parts.port), timeout=5):
             return True
-    except ConnectionRefusedError:
+    except ConnectionError:  # refused, or reset in the backlog of a listener that is just being closed
         return False
 
 

@@ -1101,21 +1101,23 @@ def test_many_keys_wrong_from_one_address_are_told_to_wait(stack):
 def test_a_client_that_leaves_in_a_crowd_of_pipelined_requests_costs_the_first_few_calls_only(house):
     """While its requests queue up it is not read, so its leaving is seen by the first write that fails."""
     house.upstream.go_on.clear()
+    before = _gauge(house, "client_connections")
     with connect(house.url) as sock:
         sock.sendall(post(house.key) * 60)
         until(lambda: house.upstream.heard, what="the first call")
     house.upstream.go_on.set()
-    until(lambda: _gauge(house, "client_connections") == 0, what="its connection to be gone")
+    until(lambda: _gauge(house, "client_connections") <= before, what="its connection to be gone")
     assert len(house.upstream.heard) <= 4, "requests of a client that had left were sent and paid"
 
 
 def test_clients_that_left_hold_nothing(house):
+    before = _gauge(house, "client_connections")
     socks = [connect(house.url) for _ in range(100)]
     for number, sock in enumerate(socks):
         sock.sendall([post(house.key), post(house.key)[:-1], b"GET", post("bad"), post(house.key) * 20][number % 5])
     for sock in socks:
         sock.close()
-    until(lambda: _gauge(house, "client_connections") == 0, what="the connections to be gone")
+    until(lambda: _gauge(house, "client_connections") <= before, what="the connections to be gone")
     until(lambda: _gauge(house, "calls_open") <= 3, what="their calls to have ended")
 
 
@@ -1227,11 +1229,14 @@ def test_an_errors_name_is_not_hoarded_in_the_log(house):
 def test_a_stream_that_does_not_begin_is_not_hoarded(house, event):
     chunk = b"%x\r\n%b\r\n" % (3000 * len(event), event * 3000)
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-    house.upstream.answer = lambda heard: head + chunk * 600 + b"0\r\n\r\n"
+    house.upstream.answer = lambda heard: head + chunk * 400 + b"0\r\n\r\n"
     before = resident_bytes(house.pid)
     forget_peak(house.pid)
     with connect(house.url) as sock:
         sock.sendall(post(house.key, BODY[:-1] + b',"stream":true}'))
-        data = read(sock, within_s=20)
+        data = bytearray()
+        sock.settimeout(20)
+        while not data.endswith(b"0\r\n\r\n") and b" 502 " not in data[:20]:
+            data += sock.recv(1 << 20)
     assert resident_bytes(house.pid, "VmHWM") - before < 48 << 20
-    assert answers(data)[0].status == 502 or b"event: error\n" in data
+    assert data.startswith(b"HTTP/1.1 502 ") or b"event: error\n" in data[-1000:]
