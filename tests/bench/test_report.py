@@ -23,7 +23,7 @@ def test_a_ratio_is_the_median_of_the_ratios_within_each_repeat():
 
 def test_a_figure_above_the_bar_is_marked_in_our_own_column_only():
     results = figures(nginx=cpu(71), headgate=cpu(71))
-    assert report.render(row("CPU a request, 1 KB"), "headgate", results) == "**71.0 ×1.0** ✗ above the bar"
+    assert report.render(row("CPU a request, 1 KB"), "headgate", results) == "**71.0 ×1.0** ✗"
     assert report.render(row("CPU a request, 1 KB"), "nginx", results) == "71.0"
 
 
@@ -45,7 +45,20 @@ def test_added_latency_is_what_the_gateway_adds_to_the_direct_run_of_its_repeat(
 def test_a_lighter_load_is_named_beside_the_figure():
     light = {"asked": 100, "opened": 97, "kb_a_stream": 109.0}
     results = figures(nginx=[{}], litellm=[{"memory_plain": light}])
-    assert report.render(row("memory an open stream"), "litellm", results) == "109.0, at 97 streams"
+    assert report.render(row("memory an open stream"), "litellm", results) == "109.0, at 100 streams"
+
+
+def test_a_bar_is_not_met_at_a_lighter_load_than_it_names():
+    def event(offered: float, carried: float, cpu_us: float) -> dict[str, report.Record]:
+        return {"events_in_step": {"offered_per_s": offered, "carried_per_s": carried, "cpu_us": cpu_us}}
+
+    in_step = row("CPU a streamed event at 10,000/s, in step")
+    light = figures(nginx=[{}], headgate=[event(1_000, 1_000, 20)])
+    assert report.render(in_step, "headgate", light) == "**20.0, at 1,000/s** ✗"
+    mixed = figures(nginx=[{}, {}], headgate=[event(1_000, 1_000, 20), event(10_000, 9_990, 25)])
+    assert report.render(in_step, "headgate", mixed) == "**25.0, carried in 1 of 2 repeats** ✓"
+    neither = figures(nginx=[{}], headgate=[event(1_000, 443, 20)])
+    assert report.render(in_step, "headgate", neither) == "cannot: 443/s"
 
 
 def test_a_repeat_that_failed_leaves_a_dash_and_not_a_zero():
