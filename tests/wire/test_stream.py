@@ -261,19 +261,3 @@ def test_no_frame_raises_anything_but_malformed_stream(frame, started):
         assert isinstance(fold.take(frame), Kind)
     except MalformedStream:
         pass
-
-
-START = b'event: message_start\ndata: {"message":{"id":"m","model":"m","usage":{"input_tokens":1}}}\n\n'
-
-
-@pytest.mark.parametrize("indexes", [[1], [0, 0], [0, 2], [0, 1, 1], [-1]])
-def test_a_content_block_out_of_its_place_is_malformed(indexes):
-    blocks = [b'event: content_block_start\ndata: {"index":%d,"content_block":{}}\n\n' % index for index in indexes]
-    fold = folded([START, *blocks[:-1]])
-    with pytest.raises(MalformedStream, match="content block"):
-        fold.take(blocks[-1])
-
-
-def test_content_blocks_in_their_places_are_counted():
-    blocks = [b'event: content_block_start\ndata: {"index":%d,"content_block":{}}\n\n' % index for index in range(3)]
-    assert folded([START, *blocks]).saw_block

@@ -89,11 +89,6 @@ class _ContentDelta(msgspec.Struct, frozen=True):
     delta: _BlockDelta = _BlockDelta()
 
 
-class _BlockStart(msgspec.Struct, frozen=True):
-    index: int
-
-
-_block_start = msgspec.json.Decoder(_BlockStart)
 _message_start = msgspec.json.Decoder(_MessageStart)
 _message_delta = msgspec.json.Decoder(_MessageDelta)
 _error_event = msgspec.json.Decoder(_ErrorEvent)
@@ -104,7 +99,6 @@ class StreamFold:
     """State of one streamed answer. `take` each frame in order; read the rest at any time."""
 
     __slots__ = (
-        "_blocks",
         "complete",
         "error_code",
         "error_data",
@@ -123,7 +117,6 @@ class StreamFold:
 
     def __init__(self) -> None:
         self.started = False
-        self._blocks = 0
         self.saw_block = False
         self.saw_content = False
         self.complete = False
@@ -169,7 +162,7 @@ class StreamFold:
             case b"content_block_start":
                 self._must_have_started(event)
                 self._check(data)
-                self._count_block(data)
+                self.saw_block = True
                 return Kind.BLOCK
             case _:
                 if event or data:
@@ -231,17 +224,6 @@ class StreamFold:
         self.error_message = error.message
         self.error_code = ((error.details and error.details.error_code) or "")[:NAME_CHARS_MAX]
         return Kind.ERROR
-
-    def _count_block(self, data: bytes) -> None:
-        """Blocks are numbered as they come (claude-api §4.1); an SDK falls over one whose number is not its place."""
-        try:
-            index = _block_start.decode(data).index
-        except _UNREADABLE as error:
-            raise MalformedStream(f"content_block_start: {error}") from None
-        if index != self._blocks:
-            raise MalformedStream(f"content block {index} came where {self._blocks} was due")
-        self._blocks += 1
-        self.saw_block = True
 
     def _must_have_started(self, event: bytes) -> None:
         if not self.started:
