@@ -14,9 +14,12 @@ from headgate.wire.message import (
     Span,
     Splice,
     elements,
+    member_after,
     members,
     scan,
     splice,
+    without,
+    without_elements,
 )
 
 WHITESPACE = st.sampled_from(["", "", " ", "\n\t", "\r\n  "])
@@ -178,6 +181,82 @@ def test_an_insertion_lands_where_it_says():
 def test_splices_that_overlap_or_lie_outside_are_refused(edits):
     with pytest.raises(ValueError, match="splice"):
         splice(b"abc", edits)
+
+
+def whole(body: bytes) -> Span:
+    """The span of the body's own object."""
+    return Span(body.index(b"{"), body.rindex(b"}") + 1)
+
+
+def is_cut_of(shorter: bytes, body: bytes, cuts: list[Splice]) -> bool:
+    """Whether nothing was put in, and every byte outside of the cuts is there in its order."""
+    gone = {at for cut in cuts for at in range(cut.start, cut.end)}
+    return bytes(byte for at, byte in enumerate(body) if at not in gone) == shorter and not any(
+        cut.insert for cut in cuts
+    )
+
+
+@given(BODIES, st.data())
+def test_members_are_taken_out_and_every_other_byte_stays(body, data):
+    parsed = decoded(body)
+    gone = {name for name in parsed if data.draw(st.booleans())}
+    cuts = without(body, whole(body), gone | {"no member of it"})
+    shorter = splice(body, cuts)
+    assert list(decoded(shorter).items()) == [(name, value) for name, value in parsed.items() if name not in gone]
+    assert is_cut_of(shorter, body, cuts)
+    assert list(scan(shorter).fields) == [name for name in parsed if name not in gone]
+
+
+@given(padded(arrays(VALUES)).map(str.encode), st.data())
+def test_elements_are_taken_out_and_every_other_byte_stays(body, data):
+    parsed = decoded(body)
+    gone = {at for at in range(len(parsed)) if data.draw(st.booleans())}
+    cuts = without_elements(body, Span(body.index(b"["), body.rindex(b"]") + 1), gone | {len(parsed)})
+    shorter = splice(body, cuts)
+    assert decoded(shorter) == [value for at, value in enumerate(parsed) if at not in gone]
+    assert is_cut_of(shorter, body, cuts)
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        ("a", b'{ "b" : 2 ,\n"c":[","] }'),
+        ("b", b'{ "a":1 ,\n"c":[","] }'),
+        ("c", b'{ "a":1 , "b" : 2 }'),
+        ("ab", b'{ "c":[","] }'),
+        ("bc", b'{ "a":1 }'),
+        ("ac", b'{ "b" : 2 }'),
+        ("abc", b"{  }"),
+        ("", b'{ "a":1 , "b" : 2 ,\n"c":[","] }'),
+    ],
+)
+def test_a_member_goes_with_one_comma(names, left):
+    body = b'{ "a":1 , "b" : 2 ,\n"c":[","] }'
+    assert splice(body, without(body, whole(body), names)) == left
+
+
+@given(BODIES, st.data())
+def test_a_member_is_put_in_behind_one_that_stays_while_others_go_and_change(body, data):
+    fields = scan(body).fields
+    if not fields or "new\n" in fields:
+        return
+    anchor = data.draw(st.sampled_from(list(fields)))
+    gone = {name for name in fields if name != anchor and data.draw(st.booleans())}
+    edits = [member_after(fields[anchor], "new\n", b"[7]"), *without(body, whole(body), gone)]
+    expected = {name: value for name, value in decoded(body).items() if name not in gone} | {"new\n": ["7"]}
+    if data.draw(st.booleans()):
+        edits.append(Splice(fields[anchor].start, fields[anchor].end, b'"other"'))
+        expected[anchor] = "other"
+    edited = decoded(splice(body, data.draw(st.permutations(edits))))
+    assert edited == expected
+    assert list(edited)[list(edited).index(anchor) + 1] == "new\n"
+
+
+def test_no_object_and_no_array_has_nothing_to_take_out():
+    with pytest.raises(InvalidBody):
+        without(b"[1]", Span(0, 3), "a")
+    with pytest.raises(InvalidBody):
+        without_elements(b'{"a":1}', Span(0, 7), {0})
 
 
 @given(BODIES, st.data())

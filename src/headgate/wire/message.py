@@ -11,6 +11,7 @@ nesting of at most 200, and one value for each top-level key.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from itertools import accumulate
 
 import msgspec
@@ -189,6 +190,28 @@ def elements(body: bytes, span: Span) -> list[Span]:
     return spans
 
 
+def without(body: bytes, span: Span, names: Container[str]) -> list[Splice]:
+    """What takes the members of these names out of the object at `span`; names that it has not are no error.
+
+    A member goes with one comma and with the whitespace between that comma and itself. One call names all that goes
+    from an object: cuts of two calls may overlap. Raises InvalidBody as `members` does.
+    """
+    return _cuts(body, span.start, [(name in names, value.end) for name, value in members(body, span).items()])
+
+
+def without_elements(body: bytes, span: Span, numbers: Container[int]) -> list[Splice]:
+    """The same for elements of the array at `span`, by their place from 0. Raises InvalidBody as `elements` does."""
+    return _cuts(body, span.start, [(at in numbers, element.end) for at, element in enumerate(elements(body, span))])
+
+
+def member_after(value: Span, name: str, insert: bytes) -> Splice:
+    """A new member `name` with the JSON `insert`, right behind the member whose value is at `value`.
+
+    That member may be replaced in the same splicing, but not be taken out. The object must not have `name` yet.
+    """
+    return Splice(value.end, value.end, b",%b:%b" % (msgspec.json.encode(name), insert))
+
+
 def splice(body: bytes, splices: list[Splice]) -> bytes:
     """The body with the splices applied; every byte outside them is untouched.
 
@@ -240,6 +263,28 @@ def _walk_members(body: bytes, raws: dict[str, msgspec.Raw], start: int) -> dict
             raise _duplicate(key)
         at += 1
     return fields
+
+
+def _cuts(body: bytes, opening: int, items: list[tuple[bool, int]]) -> list[Splice]:
+    """Cuts for items of an object or array, each given as whether it goes and where it ends.
+
+    An item goes with the comma before it; those in front of the first that stays, with the commas behind them.
+    """
+    cuts = []
+    first = _skip_whitespace(body, opening + 1)
+    stays = False
+    end = first
+    for goes, item_end in items:
+        if goes and stays:
+            cuts.append(Splice(end, item_end, b""))
+        elif not goes and not stays:
+            stays = True
+            if end > first:
+                cuts.append(Splice(first, _skip_whitespace(body, body.index(b",", end) + 1), b""))
+        end = item_end
+    if not stays and items:
+        cuts.append(Splice(first, end, b""))
+    return cuts
 
 
 def _skip_escaped_key(body: bytes, at: int, key: str) -> int:
