@@ -51,6 +51,8 @@ class Principal(Record, frozen=True, gc=False):
     models: tuple[str, ...] = ()
     """Model ids this key may ask for; empty: all."""
     rpm: int | None = None
+    otpm: int | None = None
+    concurrency: int | None = None
     budget_day_nanousd: int | None = None
     budget_month_nanousd: int | None = None
 
