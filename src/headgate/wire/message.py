@@ -183,10 +183,11 @@ def elements(body: bytes, span: Span) -> list[Span]:
     spans = []
     at = span.start + 1
     for raw in raws:
-        at = _skip_whitespace(body, at)
+        if body[at] in _WHITESPACE:
+            at = _skip_whitespace(body, at)
         end = at + len(bytes(raw))
         spans.append(Span(at, end))
-        at = _skip_whitespace(body, end) + 1
+        at = (_skip_whitespace(body, end) if body[end] in _WHITESPACE else end) + 1
     return spans
 
 
