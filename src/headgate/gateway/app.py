@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
+from typing import Any
 
 import sqlalchemy as sa
 import structlog
@@ -25,12 +26,14 @@ from headgate.gateway.server import Server
 from headgate.gateway.settings import Settings, SettingsError, host_port
 from headgate.gateway.tasks import Tasks
 from headgate.gateway.upstream import Upstream
+from headgate.gateway.worker import CallIds, Worker
 from headgate.policy.pricing import price
 from headgate.storage.database import open_database
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
 from headgate.telemetry.log_writer import LogWriter
 from headgate.telemetry.metrics import CallMetrics
+from headgate.telemetry.shared_output import render_whole
 from headgate.wire.catalog import Catalog, packaged
 from headgate.wire.usage import Usage
 
@@ -52,8 +55,8 @@ class ListenError(Exception):
     """An address cannot be listened on. The text names the setting that moves it."""
 
 
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+def run(settings: Settings, worker: Worker | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Without `worker` it is alone.
 
     Raises SettingsError, ListenError, DatabaseRefused and LedgerUnavailable before anything is served.
     """
@@ -62,9 +65,10 @@ def run(settings: Settings) -> None:
             "ANTHROPIC_API_KEY: not set. Set it, or ANTHROPIC_API_KEY_FILE; "
             "`headgate up` runs without one, on the simulator."
         )
-    configure_logging()
+    worker = worker or Worker()
+    configure_logging(worker)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(Gateway(settings).serve())
+        runner.run(Gateway(settings, worker).serve())
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -72,14 +76,23 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop if uvloop is not None else None  # type: ignore[redundant-expr]
 
 
-def configure_logging() -> None:
+def configure_logging(worker: Worker | None = None) -> None:
     """Off the hot path: one JSON line an event, on standard output like the calls'."""
+
+    is_shared = worker is not None and worker.is_one_of_several
+
+    def add_worker(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:  # structlog's
+        if worker is not None and is_shared:
+            event["worker"] = worker.index
+        return event
+
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", key="ts"),
+            add_worker,
             structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
+            render_whole if is_shared else structlog.processors.JSONRenderer(),
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stdout),
         cache_logger_on_first_use=True,
@@ -89,14 +102,13 @@ def configure_logging() -> None:
 class Gateway:
     """One gateway process: made, served once, gone."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
         self._settings = settings
+        self._worker = worker or Worker()
         self._stopping = asyncio.Event()
         self._draining = False
         self._stopped = False
-        # Begins with the time, so that the ledger's rows are appended and not scattered (decision 0003).
-        self._call_prefix = f"{time.time_ns() // 1_000_000_000:08x}{secrets.token_hex(3)}"
-        self._calls = 0
+        self._new_call_id = CallIds(self._worker.index, now_ns=time.time_ns)
         self.port = 0
         self.operator_port = 0
 
@@ -122,7 +134,11 @@ class Gateway:
             stack.callback(upstream.close)
             tasks = Tasks(_crashed)
             metrics = CallMetrics(lambda: self._gauges(upstream, server, tasks, writer))
-            writer = LogWriter(sys.stdout.fileno() if settings.log.calls else None, metrics.observe)
+            writer = LogWriter(
+                sys.stdout.fileno() if settings.log.calls else None,
+                metrics.observe,
+                is_shared=self._worker.is_one_of_several,
+            )
             writer.start()
             stack.callback(writer.close)
             hop = secrets.token_hex(8).encode()
@@ -147,7 +163,7 @@ class Gateway:
                 settings=settings.server,
             )
             server = Server(endpoints, settings.server, clock=time.monotonic)
-            await _listen(server, "HEADGATE_LISTEN", settings.listen)
+            await _listen(server, "HEADGATE_LISTEN", settings.listen, self._worker)
             self.port = server.port
             registry = CollectorRegistry()
             registry.register(metrics)
@@ -167,6 +183,7 @@ class Gateway:
                 upstream=settings.upstream_url,
                 data_dir=str(settings.data_dir),
             )
+            self._worker.listens(on_orphaned=self.stop)
             if started is not None:
                 started(self)
             await self._stopping.wait()
@@ -211,6 +228,7 @@ class Gateway:
         self, engine: sa.Engine, keys: LocalKeyRing, registry: CollectorRegistry, tasks: Tasks
     ) -> uvicorn.Server:
         host, port = host_port(self._settings.operator_listen)
+        port = self._worker.operator_port(port)
         app = operator_app(engine, keys, registry, now_ns=time.time_ns, is_ready=lambda: not self._draining)
         operator = uvicorn.Server(
             uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2)
@@ -220,7 +238,7 @@ class Gateway:
             sockets[0].listen()  # from here on who connects waits for uvicorn, and is not refused
         except (OSError, SystemExit):
             raise ListenError(
-                f"cannot listen on {self._settings.operator_listen}. Choose another with HEADGATE_OPERATOR_LISTEN."
+                f"cannot listen on {host}:{port}. Choose another with HEADGATE_OPERATOR_LISTEN."
             ) from None
         self.operator_port = sockets[0].getsockname()[1]
         tasks.start(_serve_operator(operator, sockets))
@@ -236,20 +254,16 @@ class Gateway:
             "log_lines_dropped": writer.dropped,
         }
 
-    def _new_call_id(self) -> str:
-        self._calls += 1
-        return f"call_{self._call_prefix}{self._calls:010x}"
-
 
 async def _serve_operator(operator: uvicorn.Server, sockets: list[socket.socket]) -> None:
     # Signals are ours: uvicorn's handlers would stop the operator and leave the gateway.
     await operator._serve(sockets)
 
 
-async def _listen(server: Server, setting: str, address: str) -> None:
+async def _listen(server: Server, setting: str, address: str, worker: Worker) -> None:
     host, port = host_port(address)
     try:
-        await server.listen(host, port)
+        await server.listen(host, worker.public_port(port), reuse_port=worker.is_one_of_several)
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {error.strerror}. Choose another with {setting}.") from None
 

@@ -680,11 +680,20 @@ class Server:
         assert self._listener is not None
         return int(self._listener.sockets[0].getsockname()[1])
 
-    async def listen(self, host: str, port: int) -> None:
-        """Begin to accept. Raises OSError when the address cannot be had."""
+    async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> None:
+        """Begin to accept; with `reuse_port` beside other processes, among which the kernel deals the connections.
+
+        Raises OSError when the address cannot be had.
+        """
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
-            lambda: ServerConnection(self), host, port, backlog=2048, reuse_address=True, start_serving=True
+            lambda: ServerConnection(self),
+            host,
+            port,
+            backlog=2048,
+            reuse_address=True,
+            reuse_port=reuse_port,
+            start_serving=True,
         )
         for listening in self._listener.sockets:
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from headgate.telemetry.log_line import LogLine, encode
+from headgate.telemetry.shared_output import encode_whole, writes
 
 INTERVAL_S = 0.1
 LINES_MAX = 100_000
@@ -15,10 +16,14 @@ LINES_MAX = 100_000
 
 
 class LogWriter:
-    """`put` costs the loop an append; the rest happens in the thread. `fd` None: count only."""
+    """`put` costs the loop an append; the rest happens in the thread. `fd` None: count only.
 
-    def __init__(self, fd: int | None, observe: Callable[[LogLine], None]) -> None:
+    `is_shared`: other processes write to `fd` too, and no line may be torn by theirs.
+    """
+
+    def __init__(self, fd: int | None, observe: Callable[[LogLine], None], *, is_shared: bool = False) -> None:
         self._fd = fd
+        self._is_shared = is_shared
         self._observe = observe
         self._lines: deque[LogLine] = deque()
         self._stopping = threading.Event()
@@ -56,8 +61,13 @@ class LogWriter:
             for line in batch:
                 self._observe(line)
             if self._fd is not None:
-                data = memoryview(b"".join(map(encode, batch)))
-                while data:
-                    data = data[os.write(self._fd, data) :]
+                if self._is_shared:
+                    pieces = writes([encode_whole(line) for line in batch])
+                else:
+                    pieces = iter([b"".join(map(encode, batch))])
+                for piece in pieces:
+                    data = memoryview(piece)
+                    while data:
+                        data = data[os.write(self._fd, data) :]
         except Exception:  # the top of a thread: whatever one batch holds, the next must still be written
             self.dropped += len(batch)
