@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+from headgate.policy.limiter import Ask, ClassLimits, ClassSnapshot, Subject, Verdict
 from headgate.policy.records import LedgerEvent, Principal
+from headgate.wire.headers import RateLimits
 
 
 class LedgerUnavailable(Exception):
@@ -45,3 +48,54 @@ class KeyRing(Protocol):
 
         Raises KeyRefused (unknown, wrong, revoked, expired) and KeysUnavailable.
         """
+
+
+class Limits(Protocol):
+    """All limits of people and of Anthropic, in this process or shared over several by Redis.
+
+    Every method is for the loop's thread, returns at once and never raises. What each of them means is said in
+    `policy/limiter.py`; a model-based test holds both adapters to it.
+    """
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes are counted now. False in one process, and while Redis is away (local share)."""
+
+    @property
+    def replicas(self) -> int:
+        """Living processes that share these limits, this one with them. ≥ 1."""
+
+    def admit(self, ask: Ask, answered: Callable[[Verdict], None]) -> None:
+        """May this attempt leave? `answered` is called exactly once, on the loop.
+
+        In one process before this returns; over Redis within 150 ms, whatever Redis does. In what is sent together,
+        nobody passes an ask of the same class that was denied for the class. A denied ask may be asked again, with
+        the same id; an id that holds a reservation may not.
+        """
+
+    def correct(self, ask_id: str, *, input_tokens: int, output_tokens: int) -> None:
+        """What Anthropic says by now, absolute: uncached input and output so far."""
+
+    def settle(self, ask_id: str, *, input_tokens: int, output_tokens: int) -> None:
+        """The attempt is over and took this much. Twice is once; unknown ids are left alone."""
+
+    def renew(self, ask_id: str, *, lease_s: float) -> None:
+        """The attempt is still under way; its lease ends `lease_s` from now."""
+
+    def observe(self, ask_id: str, rate_limits: RateLimits) -> None:
+        """Rate-limit headers of the attempt's answer."""
+
+    def throttled(self, class_id: str, limits: ClassLimits, *, retry_after_s: float | None, ramp: bool) -> None:
+        """Anthropic answered 429 to a call of this class."""
+
+    def snapshot(self, class_id: str, limits: ClassLimits) -> ClassSnapshot:
+        """How the class stands, as last known (over Redis up to some seconds old)."""
+
+    def subject_level(self, subject: Subject) -> float | None:
+        """Requests the subject could make at once, as last known; None without such a limit."""
+
+    def effective(self, class_id: str, limits: ClassLimits) -> ClassLimits:
+        """The limits that hold here and now: with what Anthropic's headers said, and only a share in local mode."""
+
+    def tick(self, now: float) -> None:
+        """To be called four times a second with monotonic seconds: leases, heartbeats."""
