@@ -30,14 +30,28 @@ def test_the_name_alone_makes_the_owner_and_messages_is_the_scope(headgate) -> N
 def test_every_option_of_a_key_is_kept(headgate) -> None:
     issued = headgate.json(
         *("keys", "create", "--name", "n", "--owner", "o", "--scope", "app", "--scope", "batch", "--tier", "paid"),
-        *("--rpm", "7", "--budget-usd-day", "0.5", "--budget-usd-month", "$12", "--models", "claude-a,claude-b"),
+        *(
+            "--rpm",
+            "7",
+            "--otpm",
+            "900",
+            "--concurrency",
+            "3",
+            "--budget-usd-day",
+            "0.5",
+            "--budget-usd-month",
+            "$12",
+            "--models",
+            "claude-a,claude-b",
+        ),
         *("--expires", "30d"),
     )
     (kept,) = headgate.json("keys", "list")["keys"]
     assert kept == {name: value for name, value in issued.items() if name != "key"}
     assert kept["owner"] == "o"
     assert kept["scopes"] == ["app", "batch"]
-    assert (kept["tier"], kept["rpm"]) == ("paid", 7)
+    assert (kept["tier"], kept["rpm"], kept["otpm"], kept["concurrency"]) == ("paid", 7, 900, 3)
+    assert "7 RPM, 900 OTPM, 3 at once, $0.50/day" in headgate("keys", "list").stdout
     assert (kept["budget_day_nanousd"], kept["budget_month_nanousd"]) == (500_000_000, 12_000_000_000)
     assert kept["models"] == ["claude-a", "claude-b"]
     lifetime = datetime.fromisoformat(kept["expires_at"]) - datetime.fromisoformat(kept["created_at"])
@@ -75,6 +89,9 @@ def test_a_key_that_does_not_exist_is_its_own_exit_code_and_names_the_list(headg
         ("--budget-usd-day", "much", "0.50"),
         ("--budget-usd-day", "0.00000000001", "0.50"),
         ("--rpm", "0", "above 0"),
+        ("--otpm", "-5", "above 0"),
+        ("--concurrency", "0", "above 0"),
+        ("--concurrency", "99999999999999999999", "at most 1000000000"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_with_what_would(headgate, option: str, value: str, word: str) -> None:

@@ -12,6 +12,9 @@ import pytest
 from headgate.storage import database
 from headgate.storage.database import DATABASE_NAME, DatabaseRefused, migrate, open_database
 
+HEAD = database._scripts().get_current_head()
+"""The revision of today."""
+
 
 def files(directory: Path) -> dict[str, bytes]:
     """What is in the directory, but for the -shm and -wal files that reading a database makes."""
@@ -147,8 +150,8 @@ def next_revision(tmp_path, monkeypatch):
     shutil.copytree(database._MIGRATIONS, scripts)
 
     def add(upgrade: str) -> None:
-        (scripts / "versions" / "0002_next.py").write_text(
-            "from alembic import op\nrevision, down_revision = '0002', '0001'\n"
+        (scripts / "versions" / "9000_next.py").write_text(
+            f"from alembic import op\nrevision, down_revision = '9000', '{HEAD}'\n"
             f"def upgrade():\n    op.execute('CREATE TABLE extra (id INTEGER)')\n    {upgrade}\n"
         )
         monkeypatch.setattr(database, "_MIGRATIONS", scripts)
@@ -161,8 +164,8 @@ def test_an_older_database_is_migrated_and_a_copy_of_it_is_left(tmp_path, next_r
     path = make(data_dir, rows=10)
     next_revision("pass")
     migration = migrate(data_dir, now_ns=lambda: 1_785_000_000)
-    assert (migration.before, migration.after) == ("0001", "0002")
-    assert migration.copy == data_dir / "headgate.db.0001.1785000000.bak"
+    assert (migration.before, migration.after) == (HEAD, "9000")
+    assert migration.copy == data_dir / f"headgate.db.{HEAD}.1785000000.bak"
     for file, tables in ((path, 1), (migration.copy, 0)):
         with sqlite3.connect(file) as connection:
             assert connection.execute("SELECT count(*) FROM calls").fetchone() == (10,)
@@ -178,7 +181,7 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path, next_rev
     with pytest.raises(RuntimeError, match="power cut"):
         migrate(data_dir, now_ns=time.time_ns)
     with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(HEAD,)]
         assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM calls").fetchone() == (10,)
     connection.close()

@@ -20,6 +20,7 @@ from headgate.policy.records import Principal
 from headgate.storage.database import DATABASE_NAME
 from headgate.storage.interfaces import KeyRefused, KeysUnavailable
 from headgate.storage.keys import (
+    LIMIT_MAX,
     OVERLAP_S_MAX,
     InvalidKeySpec,
     KeyNotFound,
@@ -83,6 +84,8 @@ def test_a_key_lets_its_owner_in_with_all_its_limits(store, ring):
         scopes=["messages", "app"],
         tier="paid",
         rpm=100,
+        otpm=8_000,
+        concurrency=4,
         budget_day_nanousd=20 * 10**9,
         budget_month_nanousd=400 * 10**9,
         models=["claude-sonnet-4-6", "claude-haiku-4-5"],
@@ -95,6 +98,8 @@ def test_a_key_lets_its_owner_in_with_all_its_limits(store, ring):
         scopes=frozenset({"messages", "app"}),
         models=("claude-sonnet-4-6", "claude-haiku-4-5"),
         rpm=100,
+        otpm=8_000,
+        concurrency=4,
         budget_day_nanousd=20 * 10**9,
         budget_month_nanousd=400 * 10**9,
     )
@@ -112,6 +117,11 @@ def test_without_an_owner_the_name_is_the_owner_and_the_scope_is_messages(store)
         {"name": "a", "scopes": ["message"]},
         {"name": "a", "scopes": []},
         {"name": "a", "rpm": 0},
+        {"name": "a", "rpm": LIMIT_MAX + 1},
+        {"name": "a", "otpm": 0},
+        {"name": "a", "otpm": -1},
+        {"name": "a", "concurrency": 0},
+        {"name": "a", "concurrency": 1 << 70},
         {"name": "a", "budget_day_nanousd": -1},
         {"name": "a", "budget_month_nanousd": 0},
         {"name": "a", "models": ["claude sonnet"]},
@@ -328,6 +338,17 @@ def test_refused_keys_write_nothing(store, ring, engine, clock):
     ring.close()
     assert not [statement for statement in statements if not statement.startswith(("SELECT", "BEGIN"))]
     assert statements
+
+
+def test_a_process_that_writes_late_does_not_turn_back_when_a_key_was_used(store, engine, clock):
+    key = store.create(name="app").key.encode()
+    early, late = (LocalKeyRing(engine, now_ns=clock.now_ns, monotonic=clock.monotonic) for _ in range(2))
+    early.authenticate(key)
+    clock.pass_s(5)
+    late.authenticate(key)
+    late.write_used()
+    early.write_used()
+    assert [record.last_used_at_ns for record in store.list()] == [NOW_NS + 5 * SECOND_NS]
 
 
 def test_every_change_is_in_the_audit_with_who_before_and_after(store, engine):

@@ -31,11 +31,13 @@ def create(
         typer.Option(help="messages (default), app, batch, admin:read or admin:write; repeatable."),
     ] = None,
     tier: Annotated[
-        str, typer.Option(help="Whose limits are to hold: free or paid (kept; not enforced yet).")
+        str, typer.Option(help="Whose limits hold: free, paid or another of the settings' tiers.")
     ] = "free",
     rpm: Annotated[
-        int | None, typer.Option(help="Requests a minute, instead of the tier's (kept; not enforced yet).")
+        int | None, typer.Option(metavar="N", help="Requests a minute through this key, beside its owner's limits.")
     ] = None,
+    otpm: Annotated[int | None, typer.Option(metavar="N", help="Output tokens a minute through this key.")] = None,
+    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Calls at once through this key.")] = None,
     budget_usd_day: Annotated[
         str | None, typer.Option(metavar="USD", help="Spend at most this a day (kept; not enforced yet).")
     ] = None,
@@ -57,6 +59,8 @@ def create(
             scopes=tuple(scope or ["messages"]),
             tier=tier,
             rpm=rpm,
+            otpm=otpm,
+            concurrency=concurrency,
             budget_day_nanousd=None if budget_usd_day is None else inputs.nanousd(budget_usd_day),
             budget_month_nanousd=None if budget_usd_month is None else inputs.nanousd(budget_usd_month),
             models=tuple(model.strip() for model in models.split(",")) if models else (),
@@ -152,6 +156,8 @@ def _as_json(record: KeyRecord) -> dict[str, Any]:
         "scopes": list(record.scopes),
         "tier": record.tier,
         "rpm": record.rpm,
+        "otpm": record.otpm,
+        "concurrency": record.concurrency,
         "budget_day_nanousd": record.budget_day_nanousd,
         "budget_month_nanousd": record.budget_month_nanousd,
         "models": list(record.models),
@@ -171,6 +177,10 @@ def _limits(record: KeyRecord) -> str:
     limits = []
     if record.rpm is not None:
         limits.append(f"{record.rpm} RPM")
+    if record.otpm is not None:
+        limits.append(f"{record.otpm} OTPM")
+    if record.concurrency is not None:
+        limits.append(f"{record.concurrency} at once")
     if record.budget_day_nanousd is not None:
         limits.append(f"{output.usd(record.budget_day_nanousd)}/day")
     if record.budget_month_nanousd is not None:

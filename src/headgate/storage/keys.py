@@ -2,7 +2,8 @@
 
 What it is: `KeyStore`, which changes keys (each change with its row of the audit, in one transaction), and
 `LocalKeyRing`, the `KeyRing` of `interfaces.py`.
-What it is not: limits or budgets. A `Principal` only carries their numbers.
+What it is not: limits or budgets. A key and its `Principal` only carry their numbers: requests and output tokens a
+minute (`rpm`, `otpm`), calls at once (`concurrency`), and money.
 
 A key is `hg_<id>_<secret>`: 8 characters of base62 and 32 random bytes as 43 of urlsafe base64. Only the SHA-256 of
 the whole key is stored: a secret of 256 bits cannot be guessed from it, so a slow hash would cost each request and
@@ -32,6 +33,8 @@ from headgate.storage.interfaces import KeyRefused, KeysUnavailable
 from headgate.storage.tables import audit, keys
 
 KEY_BYTES = len("hg_") + 8 + 1 + 43
+LIMIT_MAX = 1_000_000_000
+"""Of `rpm`, `otpm` and `concurrency`: what an INTEGER of every database holds."""
 OVERLAP_S_MAX = 7 * 86_400
 """How long an old secret may work beside the new one (failure-model §5)."""
 REFRESH_EVERY_S = 0.5
@@ -66,6 +69,8 @@ class KeyRecord(msgspec.Struct, frozen=True):
     scopes: tuple[str, ...]
     tier: str
     rpm: int | None
+    otpm: int | None
+    concurrency: int | None
     budget_day_nanousd: int | None
     budget_month_nanousd: int | None
     models: tuple[str, ...]
@@ -102,6 +107,8 @@ class KeyStore:
         scopes: Sequence[str] = ("messages",),
         tier: str = "free",
         rpm: int | None = None,
+        otpm: int | None = None,
+        concurrency: int | None = None,
         budget_day_nanousd: int | None = None,
         budget_month_nanousd: int | None = None,
         models: Sequence[str] = (),
@@ -117,9 +124,12 @@ class KeyStore:
             raise InvalidKeySpec(f"unknown scope {unknown}; there are {', '.join(get_args(Scope))}")
         if any(not model or " " in model for model in models):
             raise InvalidKeySpec("a model is a model id, without spaces")
-        limits = {"rpm": rpm, "budget a day": budget_day_nanousd, "budget a month": budget_month_nanousd}
+        limits = {"rpm": rpm, "otpm": otpm, "concurrency": concurrency}
         for label, limit in limits.items():
-            if limit is not None and limit <= 0:
+            if limit is not None and not 0 < limit <= LIMIT_MAX:
+                raise InvalidKeySpec(f"{label} must be above 0 and at most {LIMIT_MAX}; leave it out for none")
+        for label, budget in {"budget a day": budget_day_nanousd, "budget a month": budget_month_nanousd}.items():
+            if budget is not None and budget <= 0:
                 raise InvalidKeySpec(f"{label} must be above 0; leave it out for none")
         if expires_at_ns is not None and expires_at_ns <= now_ns:
             raise InvalidKeySpec("the key would have expired already")
@@ -135,6 +145,8 @@ class KeyStore:
                     scopes=" ".join(dict.fromkeys(scopes)),
                     tier=tier,
                     rpm=rpm,
+                    otpm=otpm,
+                    concurrency=concurrency,
                     budget_day_nanousd=budget_day_nanousd,
                     budget_month_nanousd=budget_month_nanousd,
                     models=" ".join(dict.fromkeys(models)),
@@ -276,7 +288,10 @@ class LocalKeyRing:
         used = list(self._used_at_ns.items())  # one step, while the loop may add to it
         self._used_at_ns = {}
         if used:
-            mark = sa.update(keys).where(keys.c.id == sa.bindparam("of")).values(last_used_at_ns=sa.bindparam("at"))
+            # Another process may have seen it later than we, and written first.
+            is_later = sa.func.coalesce(keys.c.last_used_at_ns, 0) < sa.bindparam("at")
+            mark = sa.update(keys).where(keys.c.id == sa.bindparam("of"), is_later)
+            mark = mark.values(last_used_at_ns=sa.bindparam("at"))
             with begin_write(self._engine) as connection:
                 connection.execute(mark, [{"of": key_id.decode(), "at": at_ns} for key_id, at_ns in used])
 
@@ -317,6 +332,8 @@ def _door(row: Any) -> _Door:  # Any: SQLAlchemy's RowMapping has no types for c
         scopes=frozenset(row["scopes"].split()),
         models=tuple(row["models"].split()),
         rpm=row["rpm"],
+        otpm=row["otpm"],
+        concurrency=row["concurrency"],
         budget_day_nanousd=row["budget_day_nanousd"],
         budget_month_nanousd=row["budget_month_nanousd"],
     )

@@ -100,6 +100,8 @@ keys = sa.Table(
     sa.Column("expires_at_ns", sa.BigInteger),
     sa.Column("revoked_at_ns", sa.BigInteger),
     sa.Column("last_used_at_ns", sa.BigInteger),
+    sa.Column("otpm", sa.Integer),
+    sa.Column("concurrency", sa.Integer),
 )
 
 audit = sa.Table(
