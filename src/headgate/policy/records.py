@@ -69,6 +69,7 @@ class Plan(Record, frozen=True, gc=False):
     """Monotonic seconds; no wait (queue or backoff) may end after it."""
     arm: str = ""
     reasons: tuple[str, ...] = ()
+    model_asked: str = ""
 
 
 class Admitted(Record, frozen=True, gc=False):
