@@ -15,8 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 
-from headgate.gateway.settings import Settings, setting_names
+from headgate.gateway.settings import BUILT_IN_TIERS, TierSection, setting_fields
 from headgate.telemetry.log_line import LogLine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,18 +277,26 @@ def test_every_setting_is_documented_with_its_default() -> None:
             return str(default).lower()
         return f"{default:g}" if isinstance(default, float) else str(default)
 
-    rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`|–) \|", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
-    defaults = {}
-    for name in setting_names():
-        section, _, key = name.rpartition(".")
-        model = Settings.model_fields[section].annotation if section else Settings
-        assert model is not None
-        fields = {str(field.validation_alias or field_name): field for field_name, field in model.model_fields.items()}
-        default = fields[key].default
-        defaults[name] = shown(
-            default.get_secret_value() if isinstance(default, SecretStr) else "" if default is None else default
-        )
-    assert dict(rows) == defaults
+    def default_of(field: FieldInfo) -> object:
+        if isinstance(field.default, SecretStr):
+            return field.default.get_secret_value()
+        # What must be given and what is chosen by its owner has no default, nor has what may be left out.
+        return "" if field.is_required() or field.default is None or field.default in ({}, ()) else field.default
+
+    document = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| (?:`([^`]+)`|–) \|", document, re.MULTILINE)
+    assert len({name for name, _ in rows}) == len(rows)
+    assert dict(rows) == {name: shown(default_of(field)) for name, field in setting_fields().items()}
+    # The tiers that are built in have a table of their own, with every column in which any of them differs.
+    header, *tiers = (
+        [cell.strip().replace("–", "") for cell in line.strip("| ").split("|")]
+        for line in re.findall(r"^\| (?:tier|free|paid|premium|batch) \|.*$", document, re.MULTILINE)
+    )
+    assert [
+        [name, *(shown(getattr(tier, key)) for key in header[1:])] for name, tier in BUILT_IN_TIERS.items()
+    ] == tiers
+    others = set(TierSection.model_fields) - set(header)
+    assert all(getattr(tier, key) == getattr(TierSection(), key) for tier in BUILT_IN_TIERS.values() for key in others)
 
 
 def test_every_field_of_the_log_line_is_documented_in_its_order() -> None:

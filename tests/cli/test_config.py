@@ -31,3 +31,18 @@ def test_no_secret_is_shown(headgate) -> None:
         assert done.returncode == 0
         assert "verysecret" not in done.stdout + done.stderr
         assert "postgresql://headgate:***@db/headgate" in done.stdout
+
+
+def test_tables_of_names_and_lists_are_shown_line_by_line(headgate) -> None:
+    (headgate.folder / "headgate.toml").write_text(
+        "[tiers.gold]\nrpm = 7\n"
+        '[routing.fallbacks]\nclaude-opus-4-7 = ["claude-sonnet-4-6", "claude-haiku-4-5"]\nclaude-opus-5 = []\n'
+        '[[experiments]]\nname = "e"\nmodel = "claude-sonnet-4-6"\n'
+        'arms = [{ name = "a", model = "claude-sonnet-4-6" }, { name = "b", model = "claude-haiku-4-5", weight = 2 }]\n'
+    )
+    shown = dict(line.split(None, 1) for line in headgate("config", "show").stdout.splitlines() if " " in line)
+    shown = {name: value.strip() for name, value in shown.items()}
+    assert (shown["tiers.gold.rpm"], shown["tiers.free.rpm"], shown["tiers.free.model"]) == ("7", "20", "–")
+    assert shown["routing.fallbacks.claude-opus-4-7"] == "claude-sonnet-4-6, claude-haiku-4-5"
+    assert (shown["routing.fallbacks.claude-opus-5"], shown["routing.aliases"]) == ("–", "–")
+    assert (shown["experiments.e.arms.b.model"], shown["experiments.e.arms.b.weight"]) == ("claude-haiku-4-5", "2.0")

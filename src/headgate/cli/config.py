@@ -1,7 +1,7 @@
 """`headgate config validate | show`: whether the settings are right, and what they are. Shows no secret."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headgate.cli import output, stores
@@ -33,13 +33,20 @@ def show(as_json: AsJson = False) -> None:
     if as_json:
         output.print_json(values)
         return
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += [(f"{name}.{key}", str(inner)) for key, inner in value.items()]
-        else:
-            rows.append((name, "–" if value in (None, "") else str(value)))
-    output.print_table(("setting", "value"), rows)
+    output.print_table(("setting", "value"), list(_rows("", values)))
+
+
+def _rows(name: str, value: Any) -> Iterator[tuple[str, str]]:  # Any: JSON
+    """A line for each value that is not itself a table; tables in a list go by their names."""
+    if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+        value = {str(inner["name"]): {key: of for key, of in inner.items() if key != "name"} for inner in value}
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _rows(f"{name}.{key}" if name else key, inner)
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value)) or "–"
+    else:
+        yield name, "–" if value in (None, "", {}) else str(value)
 
 
 def shown(settings: Settings) -> dict[str, Any]:
