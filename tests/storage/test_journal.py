@@ -117,6 +117,49 @@ def test_the_segments_of_a_living_writer_are_not_claimed_and_those_of_a_dead_one
         assert events_in(claim.dead[0]) == list(call(1).opening())
 
 
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_segment_that_its_living_writer_deletes_during_the_claim_is_nobodys(tmp_path, journal, call, moment):
+    other = Journal(tmp_path / "journal", now_ns=time.time_ns, segment_bytes=2_000)
+    for number in range(20):
+        other.write(call(number).opening())
+    rotated = other.segments[0]
+    open_file = os.open
+
+    def open_late(path, *arguments):
+        if Path(path) != rotated.path or rotated.fd < 0:
+            return open_file(path, *arguments)
+        if moment == "before it is opened":
+            rotated.remove()
+        fd = open_file(path, *arguments)
+        if moment == "before it is locked":
+            rotated.remove()
+        return fd
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headgate.storage.journal.os.open", open_late)
+        with journal.adoption() as claim:
+            assert rotated.fd < 0, "the moment was met"
+            assert claim.dead == []
+            assert claim.living == {journal.writer, other.writer}
+    with journal.adoption() as claim:
+        assert claim is not None, "nothing is left locked"
+    other.close()
+
+
+def test_a_claim_that_fails_gives_its_locks_back(tmp_path, journal, call):
+    other = Journal(tmp_path / "journal", now_ns=time.time_ns)
+    other.write(call(1).opening())
+    other.close()
+    directory = tmp_path / "journal" / "0-0-0.jsonl"
+    directory.mkdir()
+    with pytest.raises(IsADirectoryError), journal.adoption():
+        pass
+    directory.rmdir()
+    with journal.adoption() as claim:
+        assert claim is not None
+        assert [segment.writer for segment in claim.dead] == [other.writer]
+
+
 def test_only_one_process_adopts_at_a_time(tmp_path, journal):
     other = Journal(tmp_path / "journal", now_ns=time.time_ns)
     with journal.adoption() as claim, other.adoption() as second:

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from headgate.storage.database import DATABASE_NAME
+from headgate.storage.database import DATABASE_NAME, open_database
+from headgate.storage.fold import Fold
 from headgate.storage.interfaces import LedgerUnavailable
 from headgate.storage.journal import Journal
 from headgate.storage.ledger import LocalLedger
+from headgate.storage.ledger_tables import LedgerTables
 
 WRITER = Path(__file__).with_name("crashing_writer.py")
 Open = Callable[..., LocalLedger]
@@ -39,15 +41,38 @@ def segments(data_dir: Path) -> list[Path]:
     return list((data_dir / "journal").glob("*.jsonl"))
 
 
-def killed_after(data_dir: Path, condition: Callable[[], bool], *, seed: int) -> None:
-    """Run the crashing writer until the condition holds, then `kill -9` it."""
-    process = subprocess.Popen([sys.executable, WRITER, data_dir, str(seed)], stderr=subprocess.PIPE)
+Writer = subprocess.Popen[bytes]
+
+
+def start_writer(data_dir: Path, seed: int) -> Writer:
+    return subprocess.Popen([sys.executable, WRITER, data_dir, str(seed)], stderr=subprocess.PIPE)
+
+
+def wait_until(condition: Callable[[], bool], running: list[Writer]) -> None:
+    """Until the condition holds; all writers must live."""
     deadline = time.monotonic() + 30
     while not condition():
-        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+        for process in running:
+            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
         assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def kill(process: Writer) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def size_of_witness(data_dir: Path) -> int:
+    witness = data_dir / "witness"
+    return witness.stat().st_size if witness.exists() else 0
+
+
+def killed_after(data_dir: Path, condition: Callable[[], bool], *, seed: int) -> None:
+    """Run the crashing writer until the condition holds, then `kill -9` it."""
+    process = start_writer(data_dir, seed)
+    wait_until(condition, [process])
+    kill(process)
 
 
 def test_what_was_written_can_be_queried_after_a_flush(tmp_path, open_ledger, call):
@@ -340,7 +365,7 @@ def test_a_copy_of_the_data_directory_at_any_moment_opens_clean(tmp_path, open_l
         assert found == [(written, written * 12_345)]
 
 
-def assert_every_promise_is_kept(data_dir: Path) -> None:
+def assert_every_promise_is_kept(data_dir: Path, *, processes: int = 4) -> None:
     """What the witness saw written is in the tables, once, ended once, at the cost it was told."""
     promised: dict[tuple[str, int], str] = {}
     for line in (data_dir / "witness").read_text().splitlines():
@@ -361,7 +386,53 @@ def assert_every_promise_is_kept(data_dir: Path) -> None:
     assert set(states(data_dir).values()) <= {"settled", "estimated", "void"}
     sums = rows(data_dir, "SELECT (SELECT sum(cost_nanousd) FROM calls), (SELECT sum(cost_nanousd) FROM attempts)")
     assert sums[0][0] == sums[0][1]
-    assert len(found) - len(promised) <= 4 * 21  # written, and killed before the witness heard of it
+    assert len(found) - len(promised) <= processes * 21  # written, and killed before the witness heard of it
+
+
+def test_a_process_that_begins_while_another_adopts_keeps_its_calls(tmp_path, open_ledger, call, eventually):
+    survivor = open_ledger()
+    read_open_calls = survivor._tables.open_calls
+    late: list[Journal] = []
+
+    def open_calls_after_another_began() -> list[Any]:
+        if not late:
+            journal = Journal(tmp_path / "journal", now_ns=time.time_ns)
+            journal.write(call(1).opening())
+            other = open_database(tmp_path, now_ns=time.time_ns)
+            tables, fold = LedgerTables(other), Fold(lambda _: None)
+            fold.apply(call(1).opening(), journal.writer)
+            tables.commit(*fold.changed(), journal.segments[0].name, journal.segments[0].size)
+            tables.close()
+            other.dispose()
+            late.append(journal)
+        return read_open_calls()
+
+    survivor._tables.open_calls = open_calls_after_another_began
+    survivor.sweep(set())
+    eventually(lambda: late and not survivor._adoption_due)
+    survivor.flush()
+    assert states(tmp_path) == {call(1).id: "open"}
+    late[0].close()
+    survivor.sweep(set())
+    eventually(lambda: states(tmp_path) == {call(1).id: "estimated"})
+
+
+def test_of_processes_beside_each_other_every_promise_is_kept_whoever_is_killed(tmp_path, open_ledger):
+    """Four at once in one data directory; those killed are replaced, and a survivor's work is nobody else's."""
+    dice = random.Random(4)
+    running = [start_writer(tmp_path, seed) for seed in range(4)]
+    for seed in range(10, 18):
+        enough = size_of_witness(tmp_path) + dice.randrange(20_000, 200_000)
+        wait_until(lambda enough=enough: size_of_witness(tmp_path) >= enough, running)
+        kill(running.pop(dice.randrange(len(running))))
+        running.append(start_writer(tmp_path, seed))
+    for process in running:
+        kill(process)
+    ledger = open_ledger()
+    assert_every_promise_is_kept(tmp_path, processes=12)
+    snapshot = ledger.snapshot()
+    assert (snapshot.damaged_lines, snapshot.contradictions, snapshot.open_calls) == (0, 0, 0)
+    assert len(segments(tmp_path)) == 1
 
 
 SEEDS = [*range(20), *(pytest.param(seed, marks=pytest.mark.drill) for seed in range(20, 200))]
@@ -370,9 +441,8 @@ SEEDS = [*range(20), *(pytest.param(seed, marks=pytest.mark.drill) for seed in r
 @pytest.mark.parametrize("seed", SEEDS)
 def test_after_a_kill_at_any_moment_every_attempt_has_exactly_one_ending(tmp_path, open_ledger, seed):
     dice = random.Random(seed)
-    witness = tmp_path / "witness"
     enough = int(10 ** dice.uniform(1.5, 5.5))
-    killed_after(tmp_path, lambda: witness.exists() and witness.stat().st_size >= enough, seed=seed)
+    killed_after(tmp_path, lambda: size_of_witness(tmp_path) >= enough, seed=seed)
     if seed % 2:  # and one that dies while it takes up what the first one left
         known = set(segments(tmp_path))
         killed_after(tmp_path, lambda: bool(set(segments(tmp_path)) - known), seed=seed + 1_000)

@@ -265,13 +265,18 @@ class Journal:
             os.close(fd)
             yield None
             return
-        claim = self._claim()
+        claim = Claim([], {self.writer})
         try:
+            self._fill(claim)
             yield claim
         finally:
             for segment in claim.dead:
                 segment.close()
             os.close(fd)
+
+    def has_writer(self, writer: str) -> bool:
+        """Whether a segment of this writer exists."""
+        return any(self._directory.glob(f"{writer}-*.jsonl"))
 
     def has(self, name: str) -> bool:
         """Whether a segment of this name exists."""
@@ -283,25 +288,29 @@ class Journal:
             for segment in self.segments:
                 segment.close()
 
-    def _claim(self) -> Claim:
-        claim = Claim([], {self.writer})
+    def _fill(self, claim: Claim) -> None:
         own = {segment.path for segment in self.segments}
         with _locked(self._directory / "lock"):
             for path in sorted(self._directory.glob("*.jsonl"), key=_age):
                 if path in own:
                     continue
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue  # its writer, which lives, has folded and deleted it just now
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     os.close(fd)
                     claim.living.add(path.stem.rpartition("-")[0])
-                else:
+                    continue
+                if path.exists():
                     claim.dead.append(Segment(path, fd))
+                else:
+                    os.close(fd)  # deleted since it was opened, and only therefore not locked
             for path in self._directory.glob("*.reserve"):
                 if path.stem not in claim.living:
-                    path.unlink()
-        return claim
+                    path.unlink(missing_ok=True)
 
     def _append(self, line: bytes, events: tuple[LedgerEvent, ...] | None = None) -> None:
         """Append the whole line, or raise and leave the file as it was."""

@@ -173,9 +173,13 @@ class LocalLedger:
         with self._journal.adoption() as claim:
             if claim is None:
                 return
+            dead = {segment.writer for segment in claim.dead}
             for call in self._tables.open_calls():
-                if call.writer not in claim.living:
-                    self._fold.load(call)
+                if call.writer in claim.living:
+                    continue
+                if call.writer not in dead and self._journal.has_writer(call.writer):
+                    continue  # it began after the claim
+                self._fold.load(call)
             for segment in claim.dead:
                 segment.folded = self._tables.position(segment.name)
                 self._fold_segment(segment)
