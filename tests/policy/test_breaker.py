@@ -17,6 +17,7 @@ from headgate.policy.breaker import (
     ASK_AGAIN_S,
     BINS,
     MODELS_MAX,
+    RUN_GAP_S,
     STRAY,
     AccountBreaker,
     Breaker,
@@ -84,6 +85,11 @@ def opened(reopened=0, now=0.0, **policy):
 )
 def test_what_opens_it(outcomes, made):
     assert feed(breaker(), outcomes, every_s=0.1) == made
+
+
+def test_failures_further_apart_than_five_minutes_are_not_in_a_row():
+    assert feed(breaker(), "F" * 10, every_s=RUN_GAP_S) == []
+    assert feed(breaker(), "FFF", every_s=RUN_GAP_S - 1) == ["closed>open failures_in_a_row"]
 
 
 def test_failures_that_are_older_than_the_window_are_forgotten():

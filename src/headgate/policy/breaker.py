@@ -29,6 +29,9 @@ BINS = 10
 """Parts of the window that are forgotten one after the other: memory does not grow with the traffic."""
 BUSY_OUTCOMES = 50
 """Outcomes in the full bins from which on a short run of failures is also weighed against chance."""
+RUN_GAP_S = 300.0
+"""Failures further apart are not in a row: a body that is poison counts once in ten minutes, and alone must not open a
+quiet model (failure-model §2.1, last row)."""
 CHANCE_MAX = 0.001
 """Runs that chance would show in one window, below which a run is no chance. At 30 s: one false opening in 8 hours."""
 OUTAGE_SHARE = 1 / 6
@@ -58,7 +61,7 @@ class BreakerPolicy(Record, frozen=True, gc=False):
     """When it opens, for how long, and what closes it (failure-model §2.7)."""
 
     failures: int = 3
-    """In a row; any success resets the count."""
+    """In a row; any success resets the count, and so do five minutes without a failure."""
     window_s: float = 30.0
     window_requests_min: int = 10
     failure_ratio: float = 0.5
@@ -108,9 +111,9 @@ class Breaker:
     """The state of one model. `now` is monotonic seconds everywhere; a clock that goes back does no harm."""
 
     __slots__ = (
-        "_bad", "_bin_at", "_bin_until", "_bins", "_changed_at", "_jitter", "_ok", "_policy", "_probe", "_probe_at",
-        "_retry_at", "_retry_s", "_run", "_serial", "_stable_from", "_successes", "_token", "_valid_from", "model",
-        "reopened", "state", "transitions",
+        "_bad", "_bin_at", "_bin_until", "_bins", "_changed_at", "_failed_at", "_jitter", "_ok", "_policy", "_probe",
+        "_probe_at", "_retry_at", "_retry_s", "_run", "_serial", "_stable_from", "_successes", "_token", "_valid_from",
+        "model", "reopened", "state", "transitions",
     )  # fmt: skip
 
     def __init__(self, model: str, *, policy: BreakerPolicy, jitter: Callable[[], float], now: float) -> None:
@@ -125,6 +128,8 @@ class Breaker:
         self._stable_from = now
         """While closed: from here on earlier openings are forgotten."""
         self._run = 0
+        self._failed_at = now
+        """When the run last grew."""
         self._ok = self._bad = 0
         """Outcomes in the bin that is being filled."""
         self._bins: deque[tuple[int, int]] = deque(maxlen=BINS - 1)
@@ -195,7 +200,8 @@ class Breaker:
                 if not self._bin_at <= now < self._bin_until:
                     self._turn(now)
                 self._bad += 1
-                self._run += 1
+                self._run = self._run + 1 if now - self._failed_at < RUN_GAP_S else 1
+                self._failed_at = now
                 reason = self._trouble()
                 return self._open(now, reason) if reason else None
             case State.OPEN:
