@@ -28,9 +28,14 @@ PROBE_FROM_S = 20.0
 """After a freeze as long as this one call goes ahead, and the others wait for what it meets."""
 PROBE_S = 30.0
 """How long they wait for it."""
-REGROWTH_S = 0.01
-"""What a halved rate or burst regains a second: a tenth in ten seconds."""
-FACTOR_MIN = 1 / 16
+REGROWTH = 1.1
+REGROWTH_EVERY_S = 10.0
+"""A halved rate or burst regains a tenth of itself in ten seconds: from a half to the whole takes 73 s."""
+FACTOR_MIN = 1 / 64
+USED_S = 10.0
+"""Over which the rate in use is remembered."""
+USED_MIN = 1 / 8
+"""The least share of a rate that counts as in use: one call that meets a ramp limit does not stop a class."""
 HALVED_EVERY_S = 1.0
 """Fifty calls that were under way together and hit one limit are one piece of news."""
 SUBJECTS_KEPT_MIN = 1000
@@ -39,7 +44,7 @@ _DIMENSIONS = ("rpm", "itpm", "otpm")
 
 
 class ClassLimits(Record, frozen=True, gc=False):
-    """Anthropic's limits of one model class, a minute; None is without limit."""
+    """Anthropic's limits of one model class, a minute, > 0; None is without limit."""
 
     rpm: float | None = None
     itpm: float | None = None
@@ -51,7 +56,10 @@ class ClassLimits(Record, frozen=True, gc=False):
 
 
 class Subject(Record, frozen=True, gc=False):
-    """Whom a limit holds for. `id` is `kind:name` (`user:alice`, `key:3x9…`); the kind begins a refusal's reason."""
+    """Whom a limit holds for. `id` is `kind:name` (`user:alice`, `key:3x9…`); the kind begins a refusal's reason.
+
+    Limits are > 0; None is without limit.
+    """
 
     id: str
     rpm: float | None = None
@@ -111,10 +119,16 @@ class _Factor:
     def now(self, now: float) -> float:
         if self.value >= 1.0:
             return 1.0
-        return min(1.0, self.value + max(now - self.at, 0.0) * REGROWTH_S)
+        grown = max(now - self.at, 0.0) / REGROWTH_EVERY_S
+        # Whole by then whatever it was; a power of it would overflow.
+        return 1.0 if grown > 100.0 else min(1.0, self.value * REGROWTH**grown)
 
-    def halve(self, now: float) -> None:
-        self.value = max(self.now(now) / 2, FACTOR_MIN)
+    def halve(self, now: float, used: float = 1.0) -> None:
+        """`used`: the share that was in use. Half of a rate that nobody needs would change nothing."""
+        value = self.now(now)
+        if value >= 1.0:
+            value = min(max(used, USED_MIN), 1.0)
+        self.value = max(value / 2, FACTOR_MIN)
         self.at = now
 
 
@@ -136,6 +150,7 @@ class _Class:
         "sent",
         "synced",
         "taken",
+        "used",
     )
 
     def __init__(self, now: float) -> None:
@@ -144,6 +159,8 @@ class _Class:
         self.at = now
         self.taken = [0.0, 0.0, 0.0]
         """All that was ever taken, to tell what was taken since a certain call left."""
+        self.used = [0.0, 0.0, 0.0]
+        """What was taken lately; it fades in USED_S."""
         self.sent = 0
         self.synced = 0
         """The youngest call whose headers were believed."""
@@ -181,8 +198,10 @@ class _Class:
         if elapsed_s > 0:
             pace = self.pace.now(self.at)
             self.at = now
+            kept = max(1.0 - elapsed_s / USED_S, 0.0)
             for dimension in (0, 1, 2):
                 levels[dimension] += elapsed_s * (self.rates_s[dimension] * pace)
+                self.used[dimension] *= kept
         for dimension in (0, 1, 2):
             if levels[dimension] > capacities[dimension]:
                 levels[dimension] = capacities[dimension]
@@ -192,6 +211,12 @@ class _Class:
         level = self.levels[dimension] - amount
         self.levels[dimension] = min(level, self.capacities[dimension])
         self.taken[dimension] += amount
+        self.used[dimension] += amount
+
+    def share_used(self) -> float:
+        """How much of the rate was in use lately, in the dimension that is nearest to its limit. 1.0 without limits."""
+        shares = [used / (rate_s * USED_S) for used, rate_s in zip(self.used, self.rates_s, strict=True) if rate_s]
+        return max(shares, default=1.0)
 
     def _size(self, limits: ClassLimits, now: float) -> None:
         """Rates and capacities under these limits."""
@@ -202,7 +227,11 @@ class _Class:
             limit = self.limit(limits, dimension)
             rate_s = 0.0 if limit is None else limit / MINUTE_S
             self.rates_s[dimension] = rate_s
-            self.capacities[dimension] = math.inf if limit is None else max(rate_s * limits.burst_s * burst, 1.0)
+            if limit is None:
+                # Nothing is counted; a limit that comes later begins with a full bucket and not with a debt.
+                self.levels[dimension] = self.capacities[dimension] = math.inf
+            else:
+                self.capacities[dimension] = max(rate_s * limits.burst_s * burst, 1.0)
         self._for = limits
 
 
@@ -224,6 +253,7 @@ class _Reservation:
     """What an attempt has taken so far."""
 
     __slots__ = (
+        "at",
         "class_id",
         "expires_at",
         "input_tokens",
@@ -235,7 +265,8 @@ class _Reservation:
         "subjects",
     )
 
-    def __init__(self, ask: Ask, sequence: int, marks: tuple[float, float, float], expires_at: float) -> None:
+    def __init__(self, ask: Ask, sequence: int, marks: tuple[float, float, float], now: float) -> None:
+        self.at = now
         self.class_id = ask.class_id
         self.limits = ask.limits
         self.subjects = ask.subjects
@@ -246,7 +277,7 @@ class _Reservation:
         self.sequence = sequence
         self.marks = marks
         """`taken` of the class when this attempt left."""
-        self.expires_at = expires_at
+        self.expires_at = now + ask.lease_s
 
 
 class Limiter:
@@ -261,6 +292,15 @@ class Limiter:
     def __len__(self) -> int:
         """Attempts that hold a reservation."""
         return len(self._reservations)
+
+    @property
+    def subjects(self) -> int:
+        """Subjects that are remembered."""
+        return len(self._subjects)
+
+    def holds(self, ask_id: str, now: float) -> bool:
+        """Whether an attempt holds a reservation."""
+        return self._held(ask_id, now) is not None
 
     def admit(self, ask: Ask, now: float) -> Verdict:
         """Take what the ask needs from every bucket, or nothing. A person's own limit is named before the class's."""
@@ -277,7 +317,7 @@ class Limiter:
         state.take(2, float(ask.output_tokens))
         state.sent += 1
         taken = state.taken
-        self._reservations[ask.id] = _Reservation(ask, state.sent, (taken[0], taken[1], taken[2]), now + ask.lease_s)
+        self._reservations[ask.id] = _Reservation(ask, state.sent, (taken[0], taken[1], taken[2]), now)
         if state.probe:
             state.probe, state.frozen_until = ask.id, now + PROBE_S
         return _ADMITTED if state.pace.value >= 1.0 else Verdict(True, pace=state.pace.now(now))
@@ -299,11 +339,7 @@ class Limiter:
             # It met neither an answer nor a limit: the next one is the probe.
             state.probe, state.frozen_until = "?", now
         self._charge(reservation, input_tokens, output_tokens, output_tokens, now)
-        del self._reservations[ask_id]
-        for subject in reservation.subjects:
-            held = self._subjects.get(subject.id)
-            if held is not None:
-                held.busy.pop(ask_id, None)
+        self._forget(ask_id)
 
     def renew(self, ask_id: str, *, lease_s: float, now: float) -> None:
         """The attempt is still under way."""
@@ -320,14 +356,15 @@ class Limiter:
         """Forget attempts whose lease is over (their owner is gone); what they took stays taken. Returns how many."""
         expired = [ask_id for ask_id, one in self._reservations.items() if one.expires_at <= now]
         for ask_id in expired:
-            del self._reservations[ask_id]
+            self._forget(ask_id)
         return len(expired)
 
     def observe(self, ask_id: str, limits: RateLimits, now: float) -> None:
         """Anthropic's rate-limit headers of an attempt. They only ever lower a level (failure-model §4.3).
 
-        `remaining` is what was left when that attempt arrived, so what was taken since comes off it. Headers of an
-        older attempt than the last believed say nothing new about levels.
+        `remaining` is what was left when that attempt arrived: what was taken since comes off it, and what refilled
+        since is added, or an answer that took long to come would take the refill of its whole time away. Headers of
+        an older attempt than the last believed say nothing new about levels.
         """
         reservation = self._held(ask_id, now)
         if reservation is None:
@@ -335,6 +372,7 @@ class Limiter:
         state = self._class(reservation.class_id, now)
         self._thaw(ask_id, reservation, now)
         state.refill(reservation.limits, now)
+        refilling_s = max(now - reservation.at, 0.0) * state.pace.now(reservation.at)
         newest = reservation.sequence >= state.synced
         state.synced = max(state.synced, reservation.sequence)
         for dimension, told in enumerate((limits.requests, limits.input_tokens, limits.output_tokens)):
@@ -343,7 +381,8 @@ class Limiter:
             state.learn(dimension, float(told.limit))
             if newest:
                 since = state.taken[dimension] - reservation.marks[dimension]
-                state.levels[dimension] = min(state.levels[dimension], told.remaining - since)
+                refill = refilling_s * state.rates_s[dimension]
+                state.levels[dimension] = min(state.levels[dimension], told.remaining + refill - since)
 
     def throttled(
         self, class_id: str, limits: ClassLimits, *, retry_after_s: float | None, ramp: bool, now: float
@@ -354,15 +393,30 @@ class Limiter:
         """
         state = self._class(class_id, now)
         state.refill(limits, now)
+        if state.probe not in ("", "?"):
+            # While a probe is out nothing else is, so this is its answer: what it was told replaces the wait for it.
+            state.frozen_until = now
         if now >= state.frozen_until and now - state.halved_at >= HALVED_EVERY_S:
             state.halved_at = now
-            (state.pace if ramp else state.burst).halve(now)
-        state.levels = [min(level, 0.0) for level in state.levels]
+            if ramp:
+                state.pace.halve(now, state.share_used())
+            else:
+                state.burst.halve(now)
+        for dimension in (0, 1, 2):
+            if state.capacities[dimension] < math.inf:
+                state.levels[dimension] = min(state.levels[dimension], 0.0)
         if retry_after_s is not None:
             freeze_s = min(retry_after_s, FREEZE_S_MAX)
             state.frozen_until = max(state.frozen_until, now + freeze_s)
             if freeze_s >= PROBE_FROM_S or state.probe:
                 state.probe = "?"
+
+    def owe(self, class_id: str, limits: ClassLimits, amounts: tuple[float, float, float], now: float) -> None:
+        """What was taken elsewhere: requests, input and output tokens that left while these limits were not asked."""
+        state = self._class(class_id, now)
+        state.refill(limits, now)
+        for dimension in (0, 1, 2):
+            state.take(dimension, amounts[dimension])
 
     def snapshot(self, class_id: str, limits: ClassLimits, now: float) -> ClassSnapshot:
         """How a class stands, for people to read."""
@@ -406,6 +460,12 @@ class Limiter:
     def _held(self, ask_id: str, now: float) -> _Reservation | None:
         reservation = self._reservations.get(ask_id)
         return reservation if reservation is not None and reservation.expires_at > now else None
+
+    def _forget(self, ask_id: str) -> None:
+        for subject in self._reservations.pop(ask_id).subjects:
+            held = self._subjects.get(subject.id)
+            if held is not None:
+                held.busy.pop(ask_id, None)
 
     def _denied_subject(self, subjects: tuple[Subject, ...], now: float) -> Verdict | None:
         worst: Verdict | None = None

@@ -6,6 +6,8 @@ in Redis repeats it operation by operation, so that both come to the same bits.
 
 from __future__ import annotations
 
+import math
+
 SLACK = 1e-6
 """What a level may lack. Without it a float that is one bit short would be told to wait for no time at all."""
 
@@ -18,9 +20,11 @@ def refilled(level: float, *, at: float, now: float, rate_s: float, capacity: fl
 
 
 def wait_s(level: float, need: float, *, rate_s: float, capacity: float) -> float:
-    """Seconds until `need` may be taken, 0.0 when it may be now.
+    """Seconds until `need` may be taken, 0.0 when it may be now, infinite where nothing refills.
 
     More than the capacity never comes together: such a need waits for a full bucket, and leaves a debt behind.
     """
     short = min(need, capacity) - level
-    return short / rate_s if short > SLACK else 0.0
+    if short <= SLACK:
+        return 0.0
+    return short / rate_s if rate_s > 0.0 else math.inf
