@@ -3,9 +3,11 @@
 import json
 import random
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
+from headgate.policy.experiments import Arm, Experiment, Unit, cost_per_request, error_rate
 from headgate.policy.records import AttemptEnded, AttemptIntent, CallClosed, CallOpened
 from headgate.storage.fold import Fold
 from headgate.storage.ledger_tables import LedgerTables
@@ -17,6 +19,8 @@ from headgate.storage.reports import (
     calls_json,
     calls_page,
     calls_statement,
+    experiments,
+    experiments_json,
     usage,
     usage_json,
     usage_statement,
@@ -33,7 +37,8 @@ TOKENS = ("input_tokens", "cache_read_tokens", "cache_write_5m_tokens", "cache_w
 def call_events(number: int, at_ns: int, **given):
     """A call with one attempt; `given` overrides what it is."""
     facts = {"user": "an", "key_id": "key00001", "model": MODELS[0], "endpoint": "chat", "arm": "", "cost": 100}
-    facts |= {"outcome": "completed", "total_ms": 1_000, "first_byte_ms": 200, "usage": Usage(input_tokens=10)} | given
+    facts |= {"outcome": "completed", "total_ms": 1_000, "first_byte_ms": 200, "usage": Usage(input_tokens=10)}
+    facts |= {"conversation": "conv_1"} | given
     call_id = f"call_{number:024d}"
     return (
         CallOpened(
@@ -45,7 +50,7 @@ def call_events(number: int, at_ns: int, **given):
             facts["endpoint"],
             facts["model"],
             True,
-            "conv_1",
+            facts["conversation"],
             facts["arm"],
         ),
         AttemptIntent(call_id, 1, facts["model"], at_ns, 10, 10),
@@ -321,6 +326,127 @@ def test_a_month_without_calls_has_a_bill_of_nothing(connection):
     report = bill_json(bill(connection, now_ns=AUGUST_10_NS))
     assert (report["so_far_nanousd"], report["projected_nanousd"], report["cached_share"]) == (0, None, None)
     assert report["by_user"] == []
+
+
+E = Experiment(name="e", model=MODELS[0], arms=(Arm("a", MODELS[0]), Arm("b", MODELS[1])))
+
+
+def all_experiments(connection, *running):
+    return experiments(connection, running, since_ns=0, until_ns=1 << 62)
+
+
+def test_experiments_have_the_exact_form(tell, connection):
+    used = Usage(10, 20, 30, 40, 50)
+    for number in range(4):
+        outcome = "failed" if number == 3 else "completed"
+        given = {"conversation": f"c{number // 2}", "outcome": outcome, "cost": 100 + 10 * number, "usage": used}
+        tell(*call_events(number, AUGUST_10_NS, arm="e:a", **given))
+    report = json.loads(json.dumps(experiments_json(all_experiments(connection, E))))
+    rate = error_rate([Unit(2, 0, 210), Unit(2, 1, 250)])
+    cost = cost_per_request([Unit(2, 0, 210), Unit(2, 1, 250)])
+    nothing = dict.fromkeys(("requests", "errors", *TOKENS, "cost_nanousd", "saved_nanousd"), 0)
+    untimed = dict.fromkeys(("p50_ms", "p95_ms", "first_byte_p50_ms", "first_byte_p95_ms"))
+    unknown = dict.fromkeys(
+        (
+            *("error_rate", "error_rate_low", "error_rate_high", "error_rate_differs"),
+            *("cost_per_request_nanousd", "cost_per_request_low_nanousd", "cost_per_request_high_nanousd"),
+            "cost_differs",
+        )
+    )
+    assert report == {
+        "experiments": [
+            {
+                "experiment": "e",
+                "arms": [
+                    {
+                        "arm": "a",
+                        "model": MODELS[0],
+                        "units": 2,
+                        "requests": 4,
+                        "errors": 1,
+                        "input_tokens": 40,
+                        "cache_read_tokens": 80,
+                        "cache_write_5m_tokens": 120,
+                        "cache_write_1h_tokens": 160,
+                        "output_tokens": 200,
+                        "cost_nanousd": 460,
+                        "saved_nanousd": 28,
+                        "p50_ms": 1_000,
+                        "p95_ms": 1_000,
+                        "first_byte_p50_ms": 200,
+                        "first_byte_p95_ms": 200,
+                        "error_rate": 0.25,
+                        "error_rate_low": rate.low,
+                        "error_rate_high": rate.high,
+                        "error_rate_differs": None,
+                        "cost_per_request_nanousd": 115,
+                        "cost_per_request_low_nanousd": round(cost.low),
+                        "cost_per_request_high_nanousd": round(cost.high),
+                        "cost_differs": None,
+                    },
+                    {"arm": "b", "model": MODELS[1], "units": 0, **nothing, **untimed, **unknown},
+                ],
+            }
+        ]
+    }
+
+
+def test_arms_are_compared_with_the_first_of_the_settings(tell, connection):
+    dice = random.Random(5)
+    for number in range(400):
+        arm = "ab"[number % 2]
+        failed = dice.random() < (0.1 if arm == "a" else 0.4)
+        given = {"arm": f"e:{arm}", "conversation": f"c{number}", "outcome": "failed" if failed else "completed"}
+        tell(*call_events(number, AUGUST_10_NS + number, cost=dice.randrange(900, 1_100), **given))
+    reversed_e = Experiment(name="e", model=MODELS[0], arms=E.arms[::-1])
+    for running, order in ((E, ["a", "b"]), (reversed_e, ["b", "a"])):
+        (report,) = all_experiments(connection, running)
+        assert [arm.arm for arm in report.arms] == order
+        first, second = report.arms
+        assert (first.error_rate_differs, first.cost_differs) == (None, None)
+        assert (second.error_rate_differs, second.cost_differs) == (True, False)
+
+
+def test_what_is_dealt_is_the_conversation_and_the_person_where_there_is_none(tell, connection):
+    for number, (conversation, user) in enumerate(
+        [("c", "an"), ("c", "binh"), ("an", "an"), ("", "an"), ("", "an"), ("", "binh")]
+    ):
+        tell(*call_events(number, AUGUST_10_NS, arm="e:a", conversation=conversation, user=user))
+    (report,) = all_experiments(connection, E)
+    assert (report.arms[0].units, report.arms[0].used.requests) == (4, 6)
+
+
+def test_experiments_that_are_over_come_after_those_that_run_and_calls_without_an_arm_not_at_all(tell, connection):
+    for number, arm in enumerate(("", "old:y", "e:b", "old:x", "e:gone", "")):
+        tell(*call_events(number, AUGUST_10_NS, arm=arm))
+    found = all_experiments(connection, E)
+    assert [(one.experiment, [(arm.arm, arm.model, arm.used.requests) for arm in one.arms]) for one in found] == [
+        ("e", [("a", MODELS[0], 0), ("b", MODELS[1], 1), ("gone", "", 1)]),
+        ("old", [("x", "", 1), ("y", "", 1)]),
+    ]
+    assert all_experiments(connection)[0].experiment == "e"
+
+
+def test_experiments_are_of_the_span_and_agree_with_usage_by_arm(tell, connection):
+    for number in range(10):
+        given = {"arm": f"e:{'ab'[number % 2]}", "cost": number, "total_ms": number, "conversation": f"c{number % 3}"}
+        tell(*call_events(number, AUGUST_10_NS + number, **given))
+    span = {"since_ns": AUGUST_10_NS + 2, "until_ns": AUGUST_10_NS + 9}
+    by_arm = {row.group: row for row in usage(connection, "arm", **span).rows}
+    (report,) = experiments(connection, (E,), **span)
+    for arm in report.arms:
+        row = by_arm[f"e:{arm.arm}"]
+        assert row.requests in (3, 4)
+        assert {**msgspec.structs.asdict(arm.used), "group": row.group} == msgspec.structs.asdict(row)
+
+
+def test_without_experiments_there_is_an_answer_too(connection):
+    assert experiments_json(all_experiments(connection)) == {"experiments": []}
+
+
+def test_experiments_find_their_span_by_the_index_of_time(connection):
+    statement = usage_statement(calls.c.arm, calls.c.conversation, since_ns=1, until_ns=2).where(calls.c.arm != "")
+    assert "SEARCH calls USING INDEX calls_by_time (at_ns>? AND at_ns<?)" in plan(connection, statement)
 
 
 @pytest.mark.parametrize("group_by", GROUPS)

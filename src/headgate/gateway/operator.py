@@ -6,7 +6,7 @@ on loopback unless somebody says otherwise, and neither holds a prompt, a key or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from prometheus_client.registry import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from headgate import __version__
+from headgate.policy.experiments import Experiment
 from headgate.policy.records import Principal, Scope
 from headgate.storage import reports
 from headgate.storage.interfaces import KeyRefused, KeyRing, KeysUnavailable
@@ -44,8 +45,9 @@ def operator_app(
     *,
     now_ns: Callable[[], int],
     is_ready: Callable[[], bool],
+    experiments: Callable[[], Sequence[Experiment]] = tuple,
 ) -> FastAPI:
-    """The application. Its queries block, so FastAPI runs them in threads."""
+    """The application. Its queries block, so FastAPI runs them in threads. `experiments` are those that run now."""
     app = FastAPI(title="Headgate", version=__version__, openapi_url="/openapi.json", redoc_url=None)
 
     def allowed(scope: Scope) -> Callable[[Request], Principal]:
@@ -84,6 +86,22 @@ def operator_app(
         with engine.connect() as connection:
             return reports.usage_json(
                 reports.usage(connection, group_by, since_ns=moment(since, "since"), until_ns=until_ns)
+            )
+
+    @app.get("/admin/experiments", dependencies=[reader])
+    def experiments_report(
+        since: Annotated[str, Query(description="7d, 24h, a date or an RFC 3339 time")] = "7d",
+        until: Annotated[str, Query(description="the same; empty: now")] = "",
+    ) -> _Answer:
+        """How the arms of experiments did: requests, errors, latency, tokens and cost, and what differs from the first.
+
+        Errors a request have Wilson's 95 % interval, cost a request the normal one; both are made over conversations
+        (persons, where there is none), which is what an arm is dealt to.
+        """
+        until_ns = moment(until, "until") if until else now_ns() + 1
+        with engine.connect() as connection:
+            return reports.experiments_json(
+                reports.experiments(connection, experiments(), since_ns=moment(since, "since"), until_ns=until_ns)
             )
 
     @app.get("/admin/calls", dependencies=[reader])

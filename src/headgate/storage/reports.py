@@ -1,4 +1,4 @@
-"""What the ledger's tables tell: `headgate usage|calls|bill` and `/admin/usage|/admin/calls`, in their exact forms.
+"""What the ledger's tables tell: `headgate usage|calls|bill` and `/admin/usage|calls|experiments`, in exact forms.
 
 What it is: queries on a connection, records of what they found, and `…_json` for the forms of the interface.
 What it is not: a page or a table on a terminal. The queries block for up to seconds: never call them on the loop.
@@ -16,6 +16,15 @@ from typing import Any, Literal, get_args
 import msgspec
 import sqlalchemy as sa
 
+from headgate.policy.experiments import (
+    Estimate,
+    Experiment,
+    Unit,
+    arm_label,
+    cost_per_request,
+    differs,
+    error_rate,
+)
 from headgate.policy.pricing import RATE_DAYS, MonthProjection, project_month
 from headgate.policy.records import AttemptEntry, LedgerEntry
 from headgate.storage.fold import decode_usage
@@ -95,21 +104,37 @@ class Bill(msgspec.Struct, frozen=True):
     """By model, user, endpoint and day."""
 
 
+class ArmReport(msgspec.Struct, frozen=True):
+    """How one arm of an experiment did. The estimates are None when it had no request."""
+
+    arm: str
+    model: str
+    """Where its requests go now; empty when it is not in the settings any more."""
+    units: int
+    """Conversations, and persons where there was none: what was dealt to the arm."""
+    used: UsageRow
+    error_rate: Estimate | None
+    cost_per_request: Estimate | None
+    """In nano-dollars."""
+    error_rate_differs: bool | None
+    """From that of the experiment's first arm, at 95 %. None for the first arm, and where it cannot be told."""
+    cost_differs: bool | None
+
+
+class ExperimentReport(msgspec.Struct, frozen=True):
+    """An experiment's arms, in the order of the settings; those that are not there any more come after, by name."""
+
+    experiment: str
+    arms: tuple[ArmReport, ...]
+
+
 def usage(connection: sa.Connection, group_by: str, *, since_ns: int, until_ns: int) -> UsageReport:
     """Calls that began in [since_ns, until_ns), grouped. Raises InvalidQuery for a group there is not."""
     if group_by not in _COLUMN:
         raise InvalidQuery(f"group_by is one of {', '.join(GROUPS)}")
     group = _COLUMN[group_by].label("of")
     sums = connection.execute(usage_statement(group, since_ns=since_ns, until_ns=until_ns)).all()
-    # Percentiles are taken here: window functions sort in the database and take three times as long.
-    timings = sa.select(group, calls.c.total_ms, calls.c.first_byte_ms).where(
-        calls.c.at_ns >= since_ns, calls.c.at_ns < until_ns, calls.c.outcome == "completed"
-    )
-    spans: defaultdict[Any, _Timings] = defaultdict(_Timings)
-    for of, total_ms, first_byte_ms in connection.execute(timings):
-        spans[of].total_ms.append(total_ms)
-        if first_byte_ms is not None:
-            spans[of].first_byte_ms.append(first_byte_ms)
+    spans = _timings(connection, group, since_ns=since_ns, until_ns=until_ns)
     rows: list[UsageRow] = []
     whole = _Timings()
     for of, *counts in sums:
@@ -118,6 +143,31 @@ def usage(connection: sa.Connection, group_by: str, *, since_ns: int, until_ns: 
         whole.first_byte_ms += spans[of].first_byte_ms
     total = _row("", [sum(column) for column in zip(*(counts for _, *counts in sums), strict=True)], whole)
     return UsageReport(group_by, _ordered(group_by, rows), total)
+
+
+def experiments(
+    connection: sa.Connection, running: Sequence[Experiment], *, since_ns: int, until_ns: int
+) -> tuple[ExperimentReport, ...]:
+    """How the arms did of calls that began in [since_ns, until_ns): first those of `running`, with calls or without,
+    then what the ledger knows of others. Intervals are made as `policy/experiments.py` says."""
+    in_an_arm = calls.c.arm != ""
+    # Ids of conversations and names of people are told apart by the column they stand in. Literals: PostgreSQL takes
+    # an expression with a parameter for another one where it stands again, in GROUP BY.
+    nothing: sa.ColumnElement[str] = sa.literal_column("''")
+    unit = (calls.c.conversation, sa.case((calls.c.conversation == nothing, calls.c.user_id), else_=nothing))
+    counts: defaultdict[str, list[Sequence[int]]] = defaultdict(list)
+    statement = usage_statement(calls.c.arm, *unit, since_ns=since_ns, until_ns=until_ns).where(in_an_arm)
+    for label, _, _, *unit_counts in connection.execute(statement):
+        counts[label].append(unit_counts)
+    timings = _timings(connection, calls.c.arm, in_an_arm, since_ns=since_ns, until_ns=until_ns)
+    models = {arm_label(one.name, arm.name): arm.model for one in running for arm in one.arms}
+    arms: dict[str, list[ArmReport]] = {one.name: [] for one in running}
+    for label in (*models, *sorted(counts.keys() - models.keys())):
+        experiment, _, arm = label.partition(":")
+        of_experiment = arms.setdefault(experiment, [])
+        first = of_experiment[0] if of_experiment else None
+        of_experiment.append(_arm_report(arm, models.get(label, ""), counts[label], timings[label], first))
+    return tuple(ExperimentReport(name, tuple(reports)) for name, reports in arms.items())
 
 
 def calls_page(connection: sa.Connection, *, limit: int = 50, cursor: str = "") -> CallsPage:
@@ -199,6 +249,13 @@ def usage_json(report: UsageReport) -> dict[str, object]:
     return {"rows": [_row_json(report.group_by, row) for row in report.rows], "total": total}
 
 
+def experiments_json(found: Sequence[ExperimentReport]) -> dict[str, object]:
+    """The report as `/admin/experiments` gives it."""
+    return {
+        "experiments": [{"experiment": one.experiment, "arms": [_arm_json(arm) for arm in one.arms]} for one in found]
+    }
+
+
 def calls_json(page: CallsPage) -> dict[str, object]:
     """The page as `headgate calls --json` and `/admin/calls` give it."""
     return {"calls": [call_json(entry) for entry in page.calls], "cursor": page.cursor}
@@ -274,6 +331,69 @@ class _Timings:
     def __init__(self) -> None:
         self.total_ms = array("q")
         self.first_byte_ms = array("q")
+
+
+def _timings(
+    connection: sa.Connection,
+    group: sa.ColumnElement[Any],
+    *where: sa.ColumnElement[bool],
+    since_ns: int,
+    until_ns: int,
+) -> defaultdict[Any, _Timings]:
+    """By group. Percentiles are taken here: window functions sort in the database and take three times as long."""
+    statement = sa.select(group, calls.c.total_ms, calls.c.first_byte_ms).where(
+        calls.c.at_ns >= since_ns, calls.c.at_ns < until_ns, calls.c.outcome == "completed", *where
+    )
+    found: defaultdict[Any, _Timings] = defaultdict(_Timings)
+    for of, total_ms, first_byte_ms in connection.execute(statement):
+        found[of].total_ms.append(total_ms)
+        if first_byte_ms is not None:
+            found[of].first_byte_ms.append(first_byte_ms)
+    return found
+
+
+def _arm_report(
+    arm: str, model: str, counts: Sequence[Sequence[int]], timings: _Timings, first: ArmReport | None
+) -> ArmReport:
+    """`counts` holds those of each unit, in the order of `_BILLED`."""
+    requests, errors, cost = (_BILLED.index(name) for name in ("requests", "errors", "cost_nanousd"))
+    units = [Unit(of[requests], of[errors], of[cost]) for of in counts]
+    of_errors, of_cost = error_rate(units), cost_per_request(units)
+    return ArmReport(
+        arm=arm,
+        model=model,
+        units=len(units),
+        used=_row("", [sum(column) for column in zip(*counts, strict=True)], timings),
+        error_rate=of_errors,
+        cost_per_request=of_cost,
+        error_rate_differs=differs(first.error_rate, of_errors) if first else None,
+        cost_differs=differs(first.cost_per_request, of_cost) if first else None,
+    )
+
+
+def _arm_json(report: ArmReport) -> dict[str, object]:
+    used = msgspec.structs.asdict(report.used)
+    del used["group"]
+    rate, rate_low, rate_high = _parts(report.error_rate)
+    costs = [None if value is None else round(value) for value in _parts(report.cost_per_request)]
+    return {
+        "arm": report.arm,
+        "model": report.model,
+        "units": report.units,
+        **used,
+        "error_rate": rate,
+        "error_rate_low": rate_low,
+        "error_rate_high": rate_high,
+        "error_rate_differs": report.error_rate_differs,
+        "cost_per_request_nanousd": costs[0],
+        "cost_per_request_low_nanousd": costs[1],
+        "cost_per_request_high_nanousd": costs[2],
+        "cost_differs": report.cost_differs,
+    }
+
+
+def _parts(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    return (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
 
 
 def _row(name: str, counts: Sequence[int], timings: _Timings) -> UsageRow:
