@@ -355,6 +355,7 @@ TWO = f"{arm('a', 'claude-sonnet-4-6')}, {arm('b')}"
         ('[pacing]\ntier = "tier5"\n', "pacing.tier", "'tier1'"),
         ("[breaker]\nfailure_ratio = 0\n", "breaker.failure_ratio", "greater than 0"),
         ("[breaker]\nfailures = 0\n", "breaker.failures", "greater than or equal to 1"),
+        ("[breaker]\nopen_s = 200\n", "breaker.open_s", "above breaker.open_s_max, 120"),
         ("[queue]\nwaiting_max = 0\n", "queue.waiting_max", "greater than or equal to 1"),
         # classes
         ("[pacing.classes.sonet]\nrpm = 5\n", "pacing.classes.sonet", "Did you mean sonnet?"),

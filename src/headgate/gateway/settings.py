@@ -540,6 +540,9 @@ def _contradictions(settings: Settings, catalog: Catalog, *, at_ns: int) -> Iter
             yield f"routing.aliases.{alias}: a model has this name, and could not be asked for. Choose another name."
     yield from _fallback_contradictions(settings, catalog, at_ns=at_ns)
     yield from _experiment_contradictions(settings.experiments, catalog)
+    breaker = settings.breaker
+    if breaker.open_s > breaker.open_s_max:
+        yield f"breaker.open_s: {breaker.open_s:g} is above breaker.open_s_max, {breaker.open_s_max:g}. Raise that too."
     classes = {model.rate_class for model in catalog.models} | {model.line for model in catalog.models}
     for name in settings.pacing.classes:
         if name not in classes:
