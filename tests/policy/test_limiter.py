@@ -246,7 +246,7 @@ def test_a_limit_of_nothing_is_not_believed():
 def test_a_limit_that_nobody_configured_begins_where_anthropic_says():
     limiter = Limiter()
     assert admit_many(limiter, 500, limits=BOUNDLESS) == 500
-    limiter.throttled("sonnet", BOUNDLESS, retry_after_s=1.0, ramp=False, now=NOW)
+    limiter.throttled("sonnet", BOUNDLESS, retry_after_s=1.0, ramp=True, now=NOW)
     assert levels(limiter, limits=BOUNDLESS) == (None, None, None)
     limiter.observe("a499", headers(requests=4), NOW + 1.0)
     assert levels(limiter, NOW + 1.0, BOUNDLESS)[0] == 4

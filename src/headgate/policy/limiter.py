@@ -207,9 +207,8 @@ class _Class:
                 levels[dimension] = capacities[dimension]
 
     def take(self, dimension: int, amount: float) -> None:
-        """Take, or give back what is below zero (never above the capacity)."""
-        level = self.levels[dimension] - amount
-        self.levels[dimension] = min(level, self.capacities[dimension])
+        """Take, or give back what is below zero; what that brings above the capacity the next refill cuts."""
+        self.levels[dimension] -= amount
         self.taken[dimension] += amount
         self.used[dimension] += amount
 
