@@ -20,6 +20,20 @@ from typing import Any
 
 import pytest
 
+UNLIMITED = {
+    "PACING__RPM": "10000000",
+    "PACING__ITPM": "1000000000",
+    "PACING__OTPM": "1000000000",
+    "PACING__COUNT_TOKENS_RPM": "10000000",
+    "TIERS__FREE__RPM": "10000000",
+    "TIERS__FREE__COUNT_TOKENS_RPM": "10000000",
+    "ROUTING__FALLBACK": "",
+    "BREAKER__FAILURES": "1000000",
+    "BREAKER__WINDOW_REQUESTS_MIN": "1000000",
+    "BREAKER__POISON_FAILURES": "1000000000",
+    "BREAKER__SPEND_CAP_PROBE_S": "0.001",
+}
+"""What a gateway is told that is not to stand in a test's way."""
 UPSTREAM_KEY = "sk-ant-api03-only-the-gateway-may-know-this"
 
 
@@ -185,8 +199,14 @@ class Stack:
         url = until(lambda: _announced(process, "simulator listening on "), what="the simulator to listen")
         return Simulator(process, url)
 
-    def gateway(self, upstream_url: str, *, data_dir: Path | None = None, **settings: str) -> Gateway:
-        """A gateway on free ports. `settings` are environment variables, `QUEUE__DEADLINE_S="2"` and the like."""
+    def gateway(
+        self, upstream_url: str, *, data_dir: Path | None = None, limits: bool = False, **settings: str
+    ) -> Gateway:
+        """A gateway on free ports. `settings` are environment variables, `QUEUE__DEADLINE_S="2"` and the like.
+
+        Without `limits` nobody is slowed down, and a failure is followed by nothing but a retry: most tests send more
+        than any person would, and break the upstream on purpose.
+        """
         data_dir = data_dir or self.directory / f"data-{len(self.processes)}"
         environment = {
             **base_environment(),
@@ -195,6 +215,7 @@ class Stack:
             "HEADGATE_UPSTREAM_URL": upstream_url,
             "HEADGATE_LISTEN": "127.0.0.1:0",
             "HEADGATE_OPERATOR_LISTEN": "127.0.0.1:0",
+            **({} if limits else {f"HEADGATE_{name}": value for name, value in UNLIMITED.items()}),
             **{f"HEADGATE_{name}": value for name, value in settings.items()},
         }
         process = self.start("gateway", "gateway", environment=environment)

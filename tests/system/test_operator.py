@@ -26,7 +26,15 @@ LONG = "Một đoạn văn dài để nhớ lại sau này. " * 700
 
 def operator_routes() -> list[tuple[str, str]]:
     """Every method and path under `/admin`, as the application itself has them."""
-    app = operator_app(None, None, CollectorRegistry(), now_ns=lambda: 0, is_ready=lambda: True)
+    app = operator_app(
+        None,
+        None,
+        CollectorRegistry(),
+        now_ns=lambda: 0,
+        is_ready=lambda: True,
+        limits=lambda: None,
+        resume=lambda: False,
+    )
     return sorted(
         (method, route.path)
         for route in app.routes

@@ -20,17 +20,23 @@ import uvicorn
 from prometheus_client.registry import CollectorRegistry
 
 from headgate.gateway.endpoints import HOP_HEADER, Endpoints
+from headgate.gateway.limits_view import limits_view
 from headgate.gateway.operator import operator_app
 from headgate.gateway.pipeline import Pipeline
+from headgate.gateway.policies import policies
 from headgate.gateway.server import Server
-from headgate.gateway.settings import Settings, SettingsError, host_port
+from headgate.gateway.settings import Settings, SettingsError, host_port, reload
 from headgate.gateway.tasks import Tasks
+from headgate.gateway.traffic import Traffic
 from headgate.gateway.upstream import Upstream
 from headgate.gateway.worker import CallIds, Worker
+from headgate.policy.limiter import Limiter
 from headgate.policy.pricing import price
 from headgate.storage.database import open_database
+from headgate.storage.interfaces import Limits
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
+from headgate.storage.limits import LocalLimits
 from headgate.telemetry.log_writer import LogWriter
 from headgate.telemetry.metrics import CallMetrics
 from headgate.telemetry.shared_output import render_whole
@@ -142,8 +148,13 @@ class Gateway:
             writer.start()
             stack.callback(writer.close)
             hop = secrets.token_hex(8).encode()
+            now_in_force = policies(settings, catalog)
+            limits = self._limits()
+            traffic = Traffic(limits, now_in_force, clock=time.monotonic, jitter=random.random)
             pipeline = Pipeline(
                 settings,
+                policies=now_in_force,
+                traffic=traffic,
                 upstream=upstream,
                 ledger=ledger,
                 catalog=catalog,
@@ -153,6 +164,7 @@ class Gateway:
                 now_ns=time.time_ns,
                 jitter=random.random,
                 upstream_head=_upstream_head(settings, upstream, hop),
+                fingerprint_key=secrets.token_bytes(16),
             )
             endpoints = Endpoints(
                 pipeline,
@@ -167,10 +179,11 @@ class Gateway:
             self.port = server.port
             registry = CollectorRegistry()
             registry.register(metrics)
-            operator = await self._start_operator(engine, keys, registry, tasks)
+            operator = await self._start_operator(engine, keys, registry, tasks, pipeline)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(signal.SIGHUP, self._reload, pipeline, catalog)
             tasks.start(self._tick(server, upstream, pipeline, ledger))
             # What is alive now stays alive; the collector need not look at it again.
             gc.collect()
@@ -190,6 +203,20 @@ class Gateway:
             await self._drain(server, pipeline)
             operator.should_exit = True
             await tasks.join(timeout_s=5.0)
+
+    def _limits(self) -> Limits:
+        return LocalLimits(Limiter(), time.monotonic)
+
+    def _reload(self, pipeline: Pipeline, catalog: Catalog) -> None:
+        """SIGHUP: read the settings again. Calls go on under those they began with; what is wrong changes nothing."""
+        try:
+            self._settings, waiting = reload(self._settings)
+        except SettingsError as error:
+            log.error("reload_refused", reason=str(error), mend="correct the settings and send SIGHUP again")
+            return
+        pipeline.policies = policies(self._settings, catalog)
+        pipeline.traffic.apply(pipeline.policies)
+        log.info("reloaded", need_restart=waiting)
 
     def stop(self) -> None:
         """Begin to drain. For the loop's thread."""
@@ -225,11 +252,20 @@ class Gateway:
                 ledger.sweep(pipeline.live.keys())
 
     async def _start_operator(
-        self, engine: sa.Engine, keys: LocalKeyRing, registry: CollectorRegistry, tasks: Tasks
+        self, engine: sa.Engine, keys: LocalKeyRing, registry: CollectorRegistry, tasks: Tasks, pipeline: Pipeline
     ) -> uvicorn.Server:
         host, port = host_port(self._settings.operator_listen)
         port = self._worker.operator_port(port)
-        app = operator_app(engine, keys, registry, now_ns=time.time_ns, is_ready=lambda: not self._draining)
+        app = operator_app(
+            engine,
+            keys,
+            registry,
+            now_ns=time.time_ns,
+            is_ready=lambda: not self._draining,
+            limits=lambda: limits_view(pipeline.traffic, time.monotonic()),
+            resume=pipeline.traffic.account.reset,
+            experiments=lambda: pipeline.policies.experiments,
+        )
         operator = uvicorn.Server(
             uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         )

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from ipaddress import IPv6Address
 from typing import Literal
+from urllib.parse import parse_qsl
 
 import msgspec
 import structlog
@@ -35,7 +36,7 @@ HOP_HEADER = b"x-headgate-hop"
 _DEADLINE_S_MAX = 600.0
 _ID = rb"[A-Za-z0-9_.:-]{1,128}"
 
-Kind = Literal["messages", "repeatable", "once", "alive", "ready"]
+Kind = Literal["messages", "repeatable", "once", "queue", "alive", "ready"]
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -57,6 +58,7 @@ _EXACT: dict[bytes, dict[bytes, Route]] = {
     b"/v1/messages": {b"POST": Route("messages", "messages", "messages")},
     b"/v1/messages/count_tokens": {b"POST": _COUNT_TOKENS},
     b"/v1/models": {b"GET": _MODELS},
+    b"/v1/queue": {b"GET": Route("queue", "queue", "messages")},
     b"/v1/messages/batches": {b"GET": _BATCHES, b"POST": _BATCH_CHANGES},
     b"/": {b"HEAD": _ALIVE},
     b"/api/hello": {b"HEAD": _ALIVE, b"GET": _ALIVE},
@@ -81,6 +83,18 @@ def find_route(path: bytes) -> dict[bytes, Route] | None:
         if pattern.fullmatch(path) and b"/.." not in path and b"/./" not in path and not path.endswith(b"/."):
             return methods
     return None
+
+
+class QueuedCall(msgspec.Struct, frozen=True):
+    """One request that waits. `position` counts from 1, times are seconds."""
+
+    call_id: str
+    user: str
+    conversation: str
+    model: str
+    position: int
+    expected_wait_s: float
+    waited_s: float
 
 
 class _Accepted(msgspec.Struct, frozen=True):
@@ -152,6 +166,9 @@ class Endpoints:
             body = b"" if exchange.method == b"HEAD" else (b"ok\n" if ready else b"draining\n")
             exchange.respond(200 if ready else 503, b"content-type: text/plain\r\n", body)
             return
+        if route.kind == "queue":
+            exchange.respond(200, b"content-type: application/json\r\n", self._queue(exchange.query, principal))
+            return
         received_at = self._pipeline.clock()
         body = exchange.body()
         encoding = exchange.header.get(b"content-encoding")
@@ -188,6 +205,7 @@ class Endpoints:
             principal,
             whose,
             repeatable=route.kind == "repeatable",
+            counts=route is _COUNT_TOKENS,
             rewrite=rewrite,
         )
         self._pipeline.tasks.start(passthrough.run())
@@ -199,6 +217,29 @@ class Endpoints:
         answer = refusals.answer(Refused(status, error_type, code, message, retry_after_s), call_id=self._new_call_id())
         del exchange
         return answer.header_lines, answer.body
+
+    def _queue(self, query: bytes, principal: Principal) -> bytes:
+        """The requests that wait for a turn: of the key's person; of a key with scope `app`, all that it sent.
+
+        `user=` and `conversation=` of the query narrow it.
+        """
+        wanted = dict(parse_qsl(query.decode("latin-1"), max_num_fields=10))
+        waiting = [
+            QueuedCall(
+                call_id=one.want.call_id,
+                user=one.want.user,
+                conversation=one.want.conversation,
+                model=one.want.model,
+                position=position,
+                expected_wait_s=round(expected_s, 1),
+                waited_s=round(self._pipeline.clock() - one.enqueued_at, 1),
+            )
+            for one, position, expected_s in self._pipeline.traffic.waiting()
+            if (one.want.key_id == principal.key_id if "app" in principal.scopes else one.want.user == principal.user)
+            and wanted.get("user", one.want.user) == one.want.user
+            and wanted.get("conversation", one.want.conversation) == one.want.conversation
+        ]
+        return msgspec.json.encode({"waiting": sorted(waiting, key=lambda one: one.position)})
 
     def _decoded(self, exchange: Exchange, body: bytes, encoding: bytes) -> bytes | Refused:
         """The body without its content-encoding, accounted for at its true size."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import msgspec
 import sqlalchemy as sa
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +19,7 @@ from prometheus_client.registry import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from headgate import __version__
+from headgate.gateway.limits_view import LimitsView
 from headgate.policy.experiments import Experiment
 from headgate.policy.records import Principal, Scope
 from headgate.storage import reports
@@ -45,9 +47,14 @@ def operator_app(
     *,
     now_ns: Callable[[], int],
     is_ready: Callable[[], bool],
+    limits: Callable[[], LimitsView],
+    resume: Callable[[], bool],
     experiments: Callable[[], Sequence[Experiment]] = tuple,
 ) -> FastAPI:
-    """The application. Its queries block, so FastAPI runs them in threads. `experiments` are those that run now."""
+    """The application. Its queries block, so FastAPI runs them in threads. `experiments` are those that run now.
+
+    `limits` tells how the limits stand; `resume` ends the pause after a spend cap. Both are for the loop's thread.
+    """
     app = FastAPI(title="Headgate", version=__version__, openapi_url="/openapi.json", redoc_url=None)
 
     def allowed(scope: Scope) -> Callable[[Request], Principal]:
@@ -109,6 +116,16 @@ def operator_app(
         """Calls with their attempts, the newest first; `cursor` of an answer asks for the next page."""
         with engine.connect() as connection:
             return reports.calls_json(reports.calls_page(connection, limit=limit, cursor=cursor))
+
+    @app.get("/admin/limits", dependencies=[reader])
+    async def limits_now() -> Response:
+        """Anthropic's limits as they stand, who waits and how long, and which models are left alone."""
+        return Response(msgspec.json.encode(limits()), media_type="application/json")
+
+    @app.post("/admin/limits/resume", dependencies=[Depends(allowed("admin:write"))])
+    async def resume_now() -> _Answer:
+        """There is money again: send calls without waiting for the probe that would find out."""
+        return {"resumed": resume()}
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -13,22 +13,29 @@ import structlog
 from headgate.gateway import forwarding, refusals
 from headgate.gateway.failures import failure_of_status, passed_on_lines, refusal_of
 from headgate.gateway.pipeline import Pipeline
+from headgate.gateway.policies import COUNTING_CLASS
 from headgate.gateway.server import Exchange
 from headgate.gateway.settlement import Attribution
+from headgate.gateway.subjects import counting_subject
+from headgate.gateway.traffic import Diverted, Turn, Waiting, Want
 from headgate.gateway.upstream import Answer, UpstreamConnection
 from headgate.gateway.waiting import Wait
-from headgate.policy.call import Call, Finish, Send, Sleep
-from headgate.policy.records import ClientRequest, Failure, OutcomeKind, Plan, Principal
-from headgate.policy.retry import RetryPolicy
+from headgate.policy.call import Admit, Call, Finish, Send, Sleep
+from headgate.policy.records import ClientRequest, Failure, Outcome, Plan, Principal, Refused
+from headgate.policy.retry import Cause, RetryPolicy, cause
 from headgate.telemetry.log_line import LogLine
 
 log = structlog.get_logger()
 
 _ONCE = RetryPolicy(attempts_max=1)
+_COUNTS_WAITING_MAX = 100
 
 
 class Passthrough:
-    """One such request. `rewrite` changes the body of an answer that came whole (None: as it is)."""
+    """One such request. `rewrite` changes the body of an answer that came whole (None: as it is).
+
+    `counts` is a token count: it waits for its turn in a bucket of its own. The others are few, and wait for nothing.
+    """
 
     def __init__(
         self,
@@ -39,6 +46,7 @@ class Passthrough:
         whose: Attribution,
         *,
         repeatable: bool,
+        counts: bool,
         rewrite: Callable[[bytes], bytes] | None,
     ) -> None:
         self._pipeline = pipeline
@@ -48,7 +56,11 @@ class Passthrough:
         self._whose = whose
         self._rewrite = rewrite
         # A batch that is created twice is paid twice: only what changes nothing is tried again.
-        self._policy = pipeline.retry_policy if repeatable else _ONCE
+        self._policies = pipeline.policies
+        self._policy = self._policies.retry if repeatable else _ONCE
+        self._counts = counts
+        self._waiting: Waiting | None = None
+        self._turn: Turn | None = None
         self._connection: UpstreamConnection | None = None
         self._wait = Wait(pipeline.clock)
         self._gone = False
@@ -64,6 +76,8 @@ class Passthrough:
                 self._connection.abort()
             error = refusals.answer(refusals.INTERNAL, call_id=self._request.call_id)
             self._exchange.respond(error.status, error.header_lines, error.body)
+        finally:
+            self._end_turn()
 
     async def _drive(self) -> None:
         pipeline, request = self._pipeline, self._request
@@ -73,23 +87,30 @@ class Passthrough:
             streamed=False,
             input_tokens_estimate=0,
             max_tokens=0,
-            deadline=request.received_at + (self._whose.deadline_s or pipeline.settings.queue.deadline_s),
+            deadline=request.received_at + (self._whose.deadline_s or self._policies.deadline_s),
         )
         call = Call(plan, policy=self._policy, budget=pipeline.retry_budget, jitter=pipeline.jitter)
         answer: Answer | None = None
         while True:
             step = call.step
-            if isinstance(step, Send):
+            if isinstance(step, Admit):
+                await self._take_turn(call, plan, again=step.again)
+            elif isinstance(step, Send):
                 reply = await pipeline.upstream.send(self._head(), self._request.body, self._track)
                 self._connection = None
                 if self._gone:
                     call.abandoned()
                 elif isinstance(reply, Failure):
                     answer = None
+                    self._end_turn()
                     call.failed(reply, pipeline.clock())
                 elif reply.status >= 300:
                     answer = reply
-                    call.failed(failure_of_status(reply, pipeline.now_ns()), pipeline.clock())
+                    failure = failure_of_status(reply, pipeline.now_ns())
+                    if self._turn is not None and cause(failure) is Cause.RATE_LIMIT:
+                        pipeline.traffic.throttled(self._turn, retry_after_s=failure.retry_after_s, ramp=False)
+                    self._end_turn()
+                    call.failed(failure, pipeline.clock())
                 else:
                     answer = reply
                     call.started()
@@ -97,18 +118,62 @@ class Passthrough:
                 await self._wait.until(step.until)
                 call.abandoned() if self._gone else call.woke()
             elif isinstance(step, Finish):
-                self._finish(step.outcome.kind, call, step.outcome.failure, answer)
+                self._finish(step.outcome, call, answer)
                 return
             else:
                 assert answer is not None
                 call.commit()
-                failure = await self._pass_back(answer)
+                broken = await self._pass_back(answer)
                 if self._gone:
                     call.abandoned()
-                elif failure is not None:
-                    call.failed(failure, pipeline.clock())
+                elif broken is not None:
+                    call.failed(broken, pipeline.clock())
                 else:
                     call.completed(answer.status)
+
+    async def _take_turn(self, call: Call, plan: Plan, *, again: bool) -> None:
+        """Wait for a place among the token counts; what is no token count has one."""
+        if not self._counts:
+            call.admitted()
+            return
+        pipeline, principal, whose = self._pipeline, self._principal, self._whose
+        tier = self._policies.tier(whose.tier)
+        subjects = counting_subject(principal, whose, tier)
+        waiting = pipeline.traffic.join(
+            Want(
+                ask_id=f"{self._request.call_id}:{call.attempts + 1}",
+                model=COUNTING_CLASS,
+                class_id=COUNTING_CLASS,
+                limits=self._policies.class_limits(COUNTING_CLASS),
+                subjects=() if again else subjects,
+                input_tokens=0,
+                output_tokens=0,
+                deadline=plan.deadline,
+                user=whose.user or principal.user,
+                weight=tier.weight,
+                # Claude Code sends eighteen at once: a crowd of one person is no crowd here.
+                waiting_max=_COUNTS_WAITING_MAX,
+                again=again,
+                bytes=len(self._request.body),
+            )
+        )
+        self._waiting = waiting
+        result = await waiting.wait()
+        self._waiting = None
+        if isinstance(result, Turn):
+            self._turn = result
+            call.admitted()
+        elif isinstance(result, Refused):
+            call.refused(result, pipeline.clock())
+        else:
+            assert not isinstance(result, Diverted), "there is no other place to count"
+            call.abandoned()
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            self._pipeline.traffic.neutral(turn)
+            self._pipeline.traffic.ended(turn, input_tokens=0, output_tokens=0)
 
     async def _pass_back(self, answer: Answer) -> Failure | None:
         lines = forwarding.response_lines(answer.headers) + self._own_lines()
@@ -129,10 +194,15 @@ class Passthrough:
             self._exchange.abort()
         return failure
 
-    def _finish(self, kind: OutcomeKind, call: Call, failure: Failure | None, answer: Answer | None) -> None:
+    def _finish(self, outcome: Outcome, call: Call, answer: Answer | None) -> None:
+        kind, failure = outcome.kind, outcome.failure
         status = answer.status if answer is not None else 0
-        code = ""
-        if kind == "failed":
+        code = outcome.error_code
+        if outcome.refused is not None:
+            error = refusals.answer(outcome.refused, call_id=self._request.call_id)
+            self._exchange.respond(error.status, error.header_lines, error.body)
+            status = error.status
+        elif kind == "failed":
             assert failure is not None
             lines = passed_on_lines(answer, failure) if failure.kind == "status" and answer is not None else None
             if lines is not None and answer is not None:
@@ -143,12 +213,14 @@ class Passthrough:
                 status = error.status
         elif kind == "abandoned":
             status, code = 499, "client_left"
-        self._log(kind, status, code or (failure.error_code or failure.kind if failure else ""), call)
+        self._log(kind, status, code, call)
 
     def _client_left(self) -> None:
         self._gone = True
         if self._connection is not None:
             self._connection.abort()
+        elif self._waiting is not None:
+            self._pipeline.traffic.leave(self._waiting)
         else:
             self._wait.wake()
 
@@ -176,7 +248,7 @@ class Passthrough:
     def _own_lines(self) -> bytes:
         return b"x-headgate-call: %b\r\n" % self._request.call_id.encode()
 
-    def _log(self, kind: OutcomeKind, status: int, error_code: str, call: Call) -> None:
+    def _log(self, kind: str, status: int, error_code: str, call: Call) -> None:
         pipeline, request, whose = self._pipeline, self._request, self._whose
         pipeline.put_log_line(
             LogLine(

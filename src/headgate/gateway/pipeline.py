@@ -8,34 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable
+from datetime import UTC, datetime
+from hashlib import blake2b
 
 import msgspec
 import structlog
 
 from headgate.gateway import forwarding, refusals
 from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
+from headgate.gateway.policies import Policies
 from headgate.gateway.relay import ClientStream, Relay
 from headgate.gateway.server import Exchange
 from headgate.gateway.settings import Settings
 from headgate.gateway.settlement import Accounts, Attribution, Settlement
+from headgate.gateway.subjects import subjects_of
 from headgate.gateway.tasks import Tasks
+from headgate.gateway.traffic import Diverted, Left, Traffic, Turn, Waiting, Want
 from headgate.gateway.upstream import Answer, Upstream, UpstreamConnection
 from headgate.gateway.waiting import Wait
 from headgate.policy.admission import admit
-from headgate.policy.call import Call, Finish, Send, Sleep, failure_code
+from headgate.policy.call import Admit, Call, Finish, Send, Sleep, failure_code
 from headgate.policy.call import Relay as RelayStep
+from headgate.policy.fallback import Unfit, rewrite
+from headgate.policy.forecast import NO_FORECAST, Forecaster, prefixes, uncached
 from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
-from headgate.policy.retry import Cause, RetryBudget, RetryPolicy, cause
-from headgate.policy.routing import plan as make_plan
+from headgate.policy.retry import OUTAGE, Cause, RetryBudget, cause
+from headgate.policy.token_estimate import Script, script
 from headgate.storage.interfaces import Ledger, LedgerUnavailable
 from headgate.telemetry.log_line import LogLine
 from headgate.telemetry.timestamp import Timestamps
 from headgate.wire import errors
 from headgate.wire.catalog import Catalog
-from headgate.wire.message import InvalidBody, scan
+from headgate.wire.errors import RAMP_CODE
+from headgate.wire.message import InvalidBody, MessageRequest, scan
 from headgate.wire.stream import StreamFold
-from headgate.wire.usage import UsageError, decode_usage
+from headgate.wire.usage import Usage, UsageError, decode_usage
 
 log = structlog.get_logger()
 
@@ -44,6 +53,9 @@ ATTRIBUTE_CHARS_MAX = 256
 _CLIENT_CLOSED = 499
 _LONG_ANSWER_TOKENS = 4096
 """The first-byte limit is for answers of this length when they come whole; longer ones get proportionally more."""
+_NO_PROMPT: tuple[Script, tuple[int, ...]] = ("ascii", ())
+_OTHER_CLASS = "other"
+"""The class of all models that the catalogue does not know: a name that a client made up gets no limits of its own."""
 _LONG_ANSWER_FACTOR_MAX = 32.0
 """Reached at 131,072 tokens, the longest answer there is: a client's number must not make a call endless."""
 
@@ -61,12 +73,17 @@ _whole_message = msgspec.json.Decoder(_WholeMessage)
 
 
 class Pipeline:
-    """What all calls share. `live` are the calls that are being worked on, by id."""
+    """What all calls share. `live` are the calls that are being worked on, by id.
+
+    `policies` is swapped whole when the settings are read again: a call keeps those it began with.
+    """
 
     def __init__(
         self,
         settings: Settings,
         *,
+        policies: Policies,
+        traffic: Traffic,
         upstream: Upstream,
         ledger: Ledger,
         catalog: Catalog,
@@ -76,10 +93,14 @@ class Pipeline:
         now_ns: Callable[[], int],
         jitter: Callable[[], float],
         upstream_head: bytes,
+        fingerprint_key: bytes,
     ) -> None:
         self.settings = settings
+        self.policies = policies
+        self.traffic = traffic
         self.upstream = upstream
         self.ledger = ledger
+        self.catalog = catalog
         self.accounts = Accounts(ledger, catalog)
         self.put_log_line = put_log_line
         self.tasks = tasks
@@ -87,14 +108,19 @@ class Pipeline:
         self.now_ns = now_ns
         self.jitter = jitter
         self.upstream_head = upstream_head
+        self.fingerprint_key = fingerprint_key
+        """Makes a request's fingerprint one that only this process can tell."""
         """The header lines that every request to Anthropic begins with, the key among them."""
-        self.retry_policy = RetryPolicy(
-            attempts_max=settings.retry.attempts_max, base_delay_s=settings.retry.base_delay_s
-        )
         self.retry_budget = RetryBudget()
+        self.forecaster = Forecaster()
         self.timestamps = Timestamps()
         self.live: dict[str, MessageCall] = {}
         self.in_background = 0
+
+    def class_id(self, model: str) -> str:
+        """The class whose limits at Anthropic a model shares."""
+        known = self.catalog.resolve(model)
+        return known.rate_class if known is not None else _OTHER_CLASS
 
     def start(self, exchange: Exchange, request: ClientRequest, principal: Principal, whose: Attribution) -> None:
         """Serve one complete request to `/v1/messages`."""
@@ -104,9 +130,10 @@ class Pipeline:
         call.task = asyncio.get_running_loop().create_task(call.run())
 
     def tick(self, now: float) -> None:
-        """Pings into silences, and progress into the journal."""
+        """Pings into silences, progress into the journal, heartbeats of the limits."""
         for call in list(self.live.values()):
             call.tick(now)
+        self.traffic.tick(now)
 
     def interrupt_all(self) -> None:
         """The process must end now: every answer that is not whole is told so."""
@@ -120,22 +147,31 @@ class MessageCall:
     __slots__ = (
         "_answer",
         "_background_until",
+        "_body",
         "_call",
         "_client",
         "_connection",
         "_error_data",
         "_exchange",
         "_first_byte_at",
+        "_forecast",
         "_gone",
         "_interrupted",
         "_last_answer",
         "_pipeline",
         "_plan",
+        "_policies",
         "_principal",
+        "_prompt",
+        "_queued_s",
         "_relay",
         "_request",
+        "_scanned",
         "_settlement",
+        "_tier",
+        "_turn",
         "_wait",
+        "_waiting",
         "_whose",
         "task",
     )
@@ -154,7 +190,17 @@ class MessageCall:
         self._principal = principal
         self._whose = whose
         self.task: asyncio.Task[None] | None = None
+        self._policies = pipeline.policies
+        self._tier = self._policies.tier(whose.tier)
         self._plan: Plan | None = None
+        self._scanned: MessageRequest | None = None
+        self._body = b""
+        """What the attempt of now sends."""
+        self._prompt = _NO_PROMPT
+        self._forecast = NO_FORECAST
+        self._waiting: Waiting | None = None
+        self._turn: Turn | None = None
+        self._queued_s = 0.0
         self._call: Call | None = None
         self._client: ClientStream | None = None
         self._connection: UpstreamConnection | None = None
@@ -192,43 +238,75 @@ class MessageCall:
             self._pipeline.live.pop(self._request.call_id, None)
             if self._background_until is not None:
                 self._pipeline.in_background -= 1
+            if self._turn is not None:
+                # Only where something above went wrong: the turn is given back, and says nothing about the model.
+                self._pipeline.traffic.neutral(self._turn)
+                self._end_turn(0, 0)
 
     def _prepare(self) -> Plan | None:
         """Scan, plan, admit; None when the request has been refused."""
-        pipeline, request = self._pipeline, self._request
+        request, whose = self._request, self._whose
         try:
             scanned = scan(request.body)
-            plan = make_plan(
+            if not whose.user:
+                user = scanned.metadata_user_id[:ATTRIBUTE_CHARS_MAX] or self._principal.user
+                whose = self._whose = msgspec.structs.replace(whose, user=user)
+            plan = self._policies.router.route(
                 scanned,
+                principal_models=self._principal.models,
+                tier=whose.tier,
+                endpoint=whose.endpoint,
+                conversation=whose.conversation,
+                user=whose.user,
                 received_at=request.received_at,
-                deadline_s=self._whose.deadline_s or pipeline.settings.queue.deadline_s,
+                deadline_s=whose.deadline_s or self._policies.deadline_s,
+                at_ns=request.received_at_ns,
             )
         except InvalidBody as error:
             self._refuse(refusals.bad_request(str(error)))
             return None
-        self._plan = plan
-        if not self._whose.user:
-            user = scanned.metadata_user_id[:ATTRIBUTE_CHARS_MAX] or self._principal.user
-            self._whose = msgspec.structs.replace(self._whose, user=user)
-        admitted = admit(self._principal, scope="messages", model=plan.models[0])
-        if isinstance(admitted, Refused):
+        self._plan, self._scanned = plan, scanned
+        refused = self._refusal(plan)
+        if refused is not None:
             self._settlement.close(
                 "refused",
-                status=admitted.status,
+                status=refused.status,
                 model="",
-                error_code=admitted.error_code,
+                error_code=refused.error_code,
                 total_ms=self._ms_since_start(),
-                opened=self._settlement.opened(plan, self._principal, self._whose),
+                opened=self._settlement.opened(plan, self._principal, whose),
             )
-            self._refuse(admitted)
+            self._refuse(refused)
             return None
+        self._prompt = (script(scanned), prefixes(scanned))
         return plan
+
+    def _refusal(self, plan: Plan) -> Refused | None:
+        """Why this request is not to be sent at all, whatever the limits say."""
+        pipeline = self._pipeline
+        admitted = admit(self._principal, scope="messages", model=self._policies.router.resolve(plan.model_asked))
+        if isinstance(admitted, Refused):
+            return admitted
+        now = pipeline.clock()
+        retry_at = pipeline.traffic.account.retry_at(now)
+        if retry_at is not None:
+            return refusals.spend_cap(pipeline.traffic.account.code, retry_at - now)
+        if len(pipeline.traffic.poison):
+            refused_for_s = pipeline.traffic.poison.refused_for_s(self._fingerprint(), now)
+            if refused_for_s is not None:
+                return refusals.poison_prompt(refused_for_s)
+        return None
 
     async def _drive(self, plan: Plan) -> None:
         """Do what the call says until it says it is finished."""
         pipeline = self._pipeline
         call = self._call = Call(
-            plan, policy=pipeline.retry_policy, budget=pipeline.retry_budget, jitter=pipeline.jitter
+            plan,
+            policy=self._policies.retry,
+            budget=pipeline.retry_budget,
+            jitter=pipeline.jitter,
+            admits=pipeline.traffic.breakers.admits,
+            now=pipeline.clock(),
         )
         if plan.streamed:
             self._client = ClientStream(
@@ -239,7 +317,9 @@ class MessageCall:
             )
         while True:
             step = call.step
-            if isinstance(step, Send):
+            if isinstance(step, Admit):
+                await self._take_turn(call, plan, step)
+            elif isinstance(step, Send):
                 await self._send(call, plan, step.attempt)
             elif isinstance(step, RelayStep):
                 await self._relay_answer(call, plan)
@@ -256,6 +336,76 @@ class MessageCall:
                 self._finish(step.outcome, plan)
                 return
 
+    async def _take_turn(self, call: Call, plan: Plan, step: Admit) -> None:
+        """Make the body fit the model, and wait until the attempt may leave."""
+        pipeline, request = self._pipeline, self._request
+        now = pipeline.clock()
+        model = step.model
+        body = self._body_for(model, plan)
+        if isinstance(body, Unfit):
+            call.unfit(body.reason, now)
+            return
+        self._body = body
+        text, marks = self._prompt
+        self._forecast = forecast = pipeline.forecaster.forecast(
+            model, plan.input_tokens_estimate, text, marks, plan.max_tokens, now
+        )
+        class_id = pipeline.class_id(model)
+        waiting = pipeline.traffic.join(
+            Want(
+                ask_id=f"{request.call_id}:{call.attempts + 1}",
+                model=model,
+                class_id=class_id,
+                limits=self._policies.class_limits(class_id),
+                subjects=subjects_of(self._principal, self._whose, self._tier, first=not step.again),
+                input_tokens=forecast.input_tokens,
+                output_tokens=forecast.output_tokens,
+                deadline=plan.deadline,
+                user=self._whose.user,
+                weight=self._tier.weight,
+                waiting_max=self._tier.waiting_max,
+                background=self._tier.background,
+                again=step.again,
+                divertible=len(plan.models) > 1,
+                bytes=len(request.body),
+                call_id=request.call_id,
+                key_id=self._principal.key_id,
+                conversation=self._whose.conversation,
+            )
+        )
+        result = waiting.result
+        if result is None:
+            self._settlement.pause()
+            self._waiting = waiting
+            result = await waiting.wait()
+            self._waiting = None
+            now = pipeline.clock()
+            self._queued_s += now - waiting.enqueued_at
+        if isinstance(result, Turn):
+            self._turn = result
+            call.admitted()
+        elif isinstance(result, Refused):
+            call.refused(result, now)
+        elif isinstance(result, Diverted):
+            call.diverted(now)
+        else:
+            assert isinstance(result, Left)
+            call.abandoned() if self._gone else call.stopped()
+
+    def _body_for(self, model: str, plan: Plan) -> bytes | Unfit:
+        """The request's bytes for this model: as they came, but for what the model does not take."""
+        if model == plan.models[0]:
+            return plan.body
+        assert self._scanned is not None
+        return rewrite(
+            self._scanned,
+            source=self._policies.router.resolve(plan.model_asked),
+            target=model,
+            catalog=self._pipeline.catalog,
+            input_tokens=plan.input_tokens_estimate,
+            at_ns=self._request.received_at_ns,
+        )
+
     async def _send(self, call: Call, plan: Plan, attempt: Attempt) -> None:
         """One attempt, from its intent to the head of its answer."""
         pipeline, request = self._pipeline, self._request
@@ -264,7 +414,7 @@ class MessageCall:
         self._settlement.intend(attempt, plan, pipeline.now_ns(), opened)
         if pipeline.settings.ledger.durability == "power":
             await pipeline.ledger.durable()
-        body = plan.body
+        body = self._body
         head = b"POST %b/v1/messages%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
             pipeline.upstream.base_path,
             b"?" + request.query if request.query else b"",
@@ -280,6 +430,7 @@ class MessageCall:
         )
         self._connection = None
         if isinstance(reply, Answer):
+            pipeline.traffic.told(self._its_turn(), reply.header_map)
             if reply.status == 200 and reply.streamed == plan.streamed:
                 self._answer = reply
                 self._first_byte_at = self._first_byte_at or reply.head_at
@@ -294,7 +445,7 @@ class MessageCall:
     async def _relay_answer(self, call: Call, plan: Plan) -> None:
         answer, self._answer = self._answer, None
         assert answer is not None
-        attempt = Attempt(call.attempts, plan.models[0])
+        attempt = Attempt(call.attempts, call.model)
         if plan.streamed:
             await self._relay_stream(call, plan, attempt, answer)
         else:
@@ -309,9 +460,9 @@ class MessageCall:
             self._client,
             hold_s=pipeline.settings.upstream.hold_s,
             clock=pipeline.clock,
-            on_start=lambda: settlement.started(attempt, answer, relay.fold),
+            on_start=lambda: self._began(attempt, answer, relay.fold),
             on_commit=call.commit,
-            on_progress=lambda: settlement.progressed(attempt, plan, relay.fold),
+            on_progress=lambda: self._progressed(attempt, plan, relay.fold),
         )
         if self._gone:
             relay.abandon()
@@ -322,9 +473,12 @@ class MessageCall:
         if relay.fold.complete:
             # Whole, even when the client left during the last bytes.
             settlement.completed_stream(attempt, answer, relay.fold)
+            self._answered(attempt.model, relay.fold.usage)
             call.completed(200)
         elif self._gone:
             settlement.left(attempt, plan, answer, relay.fold, status=_CLIENT_CLOSED)
+            pipeline.traffic.neutral(self._its_turn())
+            self._end_turn(uncached(settlement.usage), settlement.usage.output_tokens)
             call.abandoned()
         else:
             assert failure is not None
@@ -349,6 +503,8 @@ class MessageCall:
             stop_reason=message.stop_reason or "",
             has_content=bool(message.content),
         )
+        self._pipeline.forecaster.began(attempt.model, self._forecast, usage, self._pipeline.clock())
+        self._answered(attempt.model, usage)
         if self._gone:
             call.abandoned()
             return
@@ -369,11 +525,18 @@ class MessageCall:
         """The call's one outcome: told to the client, the ledger and the log."""
         status = outcome.status
         error_code = outcome.error_code
+        opened = None
         if outcome.kind in ("failed", "cut"):
             assert outcome.failure is not None
             status = self._tell_failure(outcome, outcome.failure)
+        elif outcome.refused is not None:
+            error = refusals.answer(outcome.refused, call_id=self._request.call_id)
+            self._exchange.respond(error.status, error.header_lines + self._attempt_lines(), error.body)
         elif outcome.kind == "abandoned":
             error_code = "client_left"
+        if not outcome.attempts:
+            # Nothing was sent, so nothing was written yet.
+            opened = self._settlement.opened(plan, self._principal, self._whose)
         model = outcome.model
         total_ms = self._ms_since_start()
         first_byte_ms = None if self._first_byte_at is None else self._ms_to(self._first_byte_at)
@@ -383,7 +546,9 @@ class MessageCall:
             model=model,
             error_code=error_code,
             total_ms=total_ms,
+            queue_ms=self._queue_ms(),
             first_byte_ms=first_byte_ms,
+            opened=opened,
         )
         self._log(
             plan,
@@ -416,6 +581,8 @@ class MessageCall:
             self._relay.broke(Failure(kind="reset", status=200, message="The gateway is restarting."))
         elif self._connection is not None:
             self._connection.abort()
+        elif self._waiting is not None:
+            self._pipeline.traffic.leave(self._waiting)
         else:
             self._wait.wake()
 
@@ -427,6 +594,8 @@ class MessageCall:
             self._relay.abandon()
         elif self._wait.waiting:
             self._wait.wake()
+        elif self._waiting is not None:
+            pipeline.traffic.leave(self._waiting)
         elif self._connection is not None:
             streamed = self._plan is not None and self._plan.streamed
             if streamed or pipeline.in_background >= pipeline.settings.upstream.background_max:
@@ -511,10 +680,89 @@ class MessageCall:
         call, plan = self._call, self._plan
         assert call is not None
         assert plan is not None
-        return b"x-headgate-model: %b\r\nx-headgate-attempts: %d\r\nx-headgate-queue-ms: 0\r\n" % (
-            _header_value(plan.models[0]),
+        lines = b"x-headgate-model: %b\r\nx-headgate-attempts: %d\r\nx-headgate-queue-ms: %d\r\n" % (
+            _header_value(call.model),
             call.attempts,
+            self._queue_ms(),
         )
+        reason = call.fallback_reason
+        if reason:
+            lines += b"x-headgate-fallback: from=%b; reason=%b\r\n" % (
+                _header_value(plan.models[0]),
+                _header_value(reason),
+            )
+        return lines + self._limit_lines()
+
+    # the turn
+
+    def _its_turn(self) -> Turn:
+        assert self._turn is not None, "an attempt is made in its turn"
+        return self._turn
+
+    def _end_turn(self, input_tokens: int, output_tokens: int) -> None:
+        """The attempt is over; what it took of the limits is known as well as it will be."""
+        turn, self._turn = self._its_turn(), None
+        self._pipeline.traffic.ended(turn, input_tokens=input_tokens, output_tokens=output_tokens)
+
+    def _began(self, attempt: Attempt, answer: Answer, fold: StreamFold) -> None:
+        """`message_start`: the input side is exact."""
+        pipeline = self._pipeline
+        self._settlement.started(attempt, answer, fold)
+        pipeline.forecaster.began(attempt.model, self._forecast, fold.usage, pipeline.clock())
+        pipeline.traffic.began(self._its_turn(), input_tokens=uncached(fold.usage))
+
+    def _progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> None:
+        tokens = self._settlement.progressed(attempt, plan, fold)
+        self._pipeline.traffic.progressed(self._its_turn(), input_tokens=uncached(fold.usage), output_tokens=tokens)
+
+    def _answered(self, model: str, usage: Usage) -> None:
+        """The model gave a whole answer."""
+        self._pipeline.forecaster.ended(model, usage.output_tokens)
+        self._pipeline.traffic.succeeded(self._its_turn())
+        self._end_turn(uncached(usage), usage.output_tokens)
+        if len(self._pipeline.traffic.poison):
+            self._pipeline.traffic.poison.succeeded(self._fingerprint())
+
+    def _broken(self, failure: Failure, fold: StreamFold | None) -> None:
+        """The attempt failed: what that says about limits, money and the model."""
+        pipeline, turn, now = self._pipeline, self._its_turn(), self._pipeline.clock()
+        why = cause(failure)
+        if why is Cause.RATE_LIMIT:
+            ramp = failure.error_code == RAMP_CODE
+            pipeline.traffic.throttled(turn, retry_after_s=failure.retry_after_s, ramp=ramp)
+        elif why is Cause.SPEND_CAP:
+            pipeline.traffic.spend_cap(failure_code(failure))
+        counts = why in OUTAGE
+        if why is Cause.AMBIGUOUS:
+            counts = pipeline.traffic.poison.failed(self._fingerprint(), now)
+        pipeline.traffic.failed(turn) if counts else pipeline.traffic.neutral(turn)
+        if fold is not None and fold.started:
+            self._end_turn(uncached(fold.usage), self._settlement.usage.output_tokens)
+        elif failure.sent and failure.kind not in ("status", "stream_error"):
+            # It may have been worked on: what was reserved for its input stays taken.
+            self._end_turn(self._forecast.input_tokens, 0)
+        else:
+            self._end_turn(0, 0)
+
+    def _fingerprint(self) -> bytes:
+        return blake2b(self._request.body, digest_size=16, key=self._pipeline.fingerprint_key).digest()
+
+    def _limit_lines(self) -> bytes:
+        """The caller's own limit, where Anthropic's headers told of ours."""
+        pipeline = self._pipeline
+        person = subjects_of(self._principal, self._whose, self._tier, first=True)[0]
+        level = pipeline.traffic.limits.subject_level(person)
+        if level is None or person.rpm is None:
+            return b""
+        full_in_s = max(person.rpm / 60 * person.burst_s - level, 0.0) * 60 / person.rpm
+        return (
+            b"anthropic-ratelimit-requests-limit: %d\r\nanthropic-ratelimit-requests-remaining: %d\r\n"
+            b"anthropic-ratelimit-requests-reset: %b\r\n"
+            % (person.rpm, max(level, 0), _reset_text(math.ceil(pipeline.now_ns() / 1e9 + full_in_s)))
+        )
+
+    def _queue_ms(self) -> int:
+        return round(self._queued_s * 1000)
 
     # upstream
 
@@ -537,6 +785,7 @@ class MessageCall:
             # The process ends: whatever broke, nothing is tried again.
             failure = msgspec.structs.replace(failure, should_retry=False)
         self._settlement.failed(attempt, plan, failure, self._last_answer, fold)
+        self._broken(failure, fold)
         if cause(failure) is Cause.CREDENTIAL:
             log.error(
                 "upstream_credential",
@@ -594,7 +843,7 @@ class MessageCall:
                 tier=whose.tier,
                 endpoint=whose.endpoint,
                 conversation=whose.conversation,
-                model_asked=plan.models[0] if plan is not None else "",
+                model_asked=plan.model_asked if plan is not None else "",
                 model=model,
                 arm=plan.arm if plan is not None else "",
                 streamed=plan is not None and plan.streamed,
@@ -605,7 +854,7 @@ class MessageCall:
                 reasons=reasons,
                 attempts=attempts,
                 retry_count=max(attempts - 1, 0),
-                queue_ms=0,
+                queue_ms=self._queue_ms(),
                 first_byte_ms=first_byte_ms,
                 total_ms=total_ms,
                 input_tokens_estimate=plan.input_tokens_estimate if plan is not None else 0,
@@ -621,6 +870,12 @@ class MessageCall:
                 upstream_request_id=request_id(self._last_answer),
             )
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _reset_text(at_s: int) -> bytes:
+    """RFC 3339 in UTC, as Anthropic writes the end of a limit."""
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
 
 
 _CONTROL = bytes(range(32)) + b"\x7f"

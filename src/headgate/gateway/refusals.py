@@ -25,25 +25,53 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
 
 def advice(retry_after_s: float | None, *, should_retry: bool) -> bytes:
-    """The header lines that tell a client whether and when to come back."""
+    """The header lines that tell a client whether and when to come back.
+
+    `retry-after` is whole seconds; SDKs read `retry-after-ms` first, which says a short wait as it is.
+    """
     lines = b"x-should-retry: true\r\n" if should_retry else b"x-should-retry: false\r\n"
     if retry_after_s is not None:
-        lines += b"retry-after: %d\r\n" % min(max(math.ceil(retry_after_s), 1), RETRY_AFTER_S_MAX)
+        wait_s = min(max(retry_after_s, 0.001), RETRY_AFTER_S_MAX)
+        lines += b"retry-after: %d\r\n" % math.ceil(wait_s)
+        if should_retry:
+            lines += b"retry-after-ms: %d\r\n" % math.ceil(wait_s * 1000)
     return lines
 
 
 def answer(refused: Refused, *, call_id: str) -> ErrorAnswer:
     """What a client is told about a refusal. Only one that names a wait invites it to come back."""
-    body = errors.envelope(refused.error_type, refused.message, code=refused.error_code, request_id=call_id)
+    details: dict[str, float] = {}
+    limit_lines = b""
+    if refused.limit is not None:
+        details["limit"] = refused.limit
+        if refused.window_s is not None:
+            details["window_s"] = refused.window_s
+            limit_lines = _limit_lines(refused)
+    if refused.retry_after_s is not None:
+        details["retry_after_s"] = round(min(refused.retry_after_s, RETRY_AFTER_S_MAX), 3)
+    body = errors.envelope(refused.error_type, refused.message, code=refused.error_code, request_id=call_id, **details)
     return ErrorAnswer(
         refused.status,
-        b"content-type: application/json\r\nrequest-id: %b\r\nx-headgate-call: %b\r\n%b"
+        b"content-type: application/json\r\nrequest-id: %b\r\nx-headgate-call: %b\r\n%b%b"
         % (
             call_id.encode(),
             call_id.encode(),
+            limit_lines,
             advice(refused.retry_after_s, should_retry=refused.retryable and refused.retry_after_s is not None),
         ),
         body,
+    )
+
+
+def _limit_lines(refused: Refused) -> bytes:
+    """The two fields of draft-ietf-httpapi-ratelimit-headers-11, for clients that know nothing of Anthropic's."""
+    name = refused.error_code.removesuffix("_exceeded").encode()
+    return b'RateLimit-Policy: "%b";q=%d;w=%d\r\nRateLimit: "%b";r=0;t=%d\r\n' % (
+        name,
+        round(refused.limit or 0),
+        round(refused.window_s or 0),
+        name,
+        math.ceil(min(refused.retry_after_s or 0.0, RETRY_AFTER_S_MAX)),
     )
 
 
@@ -106,3 +134,27 @@ RESTARTING = Refused(
     message="The gateway is restarting. Try again.",
     retry_after_s=1.0,
 )
+
+
+def spend_cap(code: str, probe_in_s: float) -> Refused:
+    """Anthropic has said that its account may spend no more: nothing is sent until a probe is answered."""
+    return Refused(
+        429,
+        "billing_error",
+        "upstream_spend_cap",
+        f"The gateway's account has reached its spend limit at Anthropic ({code}).",
+        retry_after_s=probe_in_s,
+        retryable=False,
+    )
+
+
+def poison_prompt(refused_for_s: float) -> Refused:
+    """This very request has broken its model again and again."""
+    return Refused(
+        502,
+        "api_error",
+        "poison_prompt",
+        "This request has failed three times without an answer; it is not sent again for some minutes.",
+        retry_after_s=refused_for_s,
+        retryable=False,
+    )

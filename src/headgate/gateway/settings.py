@@ -247,7 +247,7 @@ class LedgerSection(Section):
 class BreakerSection(Section):
     """When a model that fails is left alone, and for how long. Rate limits (429) are no failure."""
 
-    failures: int = Field(3, ge=1, le=1000)
+    failures: int = Field(3, ge=1, le=1_000_000)
     """In a row."""
     window_s: Seconds = Field(30.0, gt=0, le=3600)
     """Or, of the attempts within this time,"""
@@ -261,6 +261,10 @@ class BreakerSection(Section):
     """up to this."""
     successes: int = Field(3, ge=1, le=1000)
     """In a row, until all is well again."""
+    poison_failures: int = Field(3, ge=1, le=1_000_000_000)
+    """Of one and the same request, without an answer and within ten minutes: then it is refused for ten."""
+    spend_cap_probe_s: Seconds = Field(900.0, gt=0, le=86_400)
+    """After Anthropic said that the account may spend no more, one call in this time asks again."""
 
 
 class LogSection(Section):

@@ -105,7 +105,7 @@ class Settlement:
             user=whose.user,
             tier=whose.tier,
             endpoint=whose.endpoint,
-            model_asked=plan.models[0],
+            model_asked=plan.model_asked,
             streamed=plan.streamed,
             conversation=whose.conversation,
             arm=plan.arm,
@@ -137,12 +137,13 @@ class Settlement:
             )
         )
 
-    def progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> None:
-        """Output so far."""
+    def progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> int:
+        """Output so far; returns its tokens."""
         tokens = self._seen(attempt, plan, fold).output_tokens
         self._accounts.ledger.write(
             AttemptProgress(call_id=self._request.call_id, number=attempt.number, output_tokens=tokens)
         )
+        return tokens
 
     def completed_stream(self, attempt: Attempt, answer: Answer, fold: StreamFold) -> None:
         """The stream came to its end: exact."""
@@ -194,16 +195,18 @@ class Settlement:
         model: str,
         error_code: str,
         total_ms: int,
+        queue_ms: int = 0,
         first_byte_ms: int | None = None,
         opened: CallOpened | None = None,
     ) -> None:
-        """The call's one outcome. `opened` comes with a call that was refused before any attempt."""
+        """The call's one outcome. `opened` comes with a call of which no attempt was made."""
         closed = CallClosed(
             call_id=self._request.call_id,
             outcome=kind,
             status=status,
             model=model,
             total_ms=total_ms,
+            queue_ms=queue_ms,
             first_byte_ms=first_byte_ms,
             error_code=error_code,
             stop_reason=self.stop_reason,

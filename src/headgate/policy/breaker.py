@@ -150,6 +150,10 @@ class Breaker:
     def __repr__(self) -> str:
         return f"<Breaker {self.model} {self.state.value} run {self._run} reopened {self.reopened}>"
 
+    def apply(self, policy: BreakerPolicy) -> None:
+        """Another policy holds from now on."""
+        self._policy = policy
+
     def admits(self, now: float) -> bool:
         """Whether an attempt may start now."""
         if self.state is State.CLOSED:
@@ -394,6 +398,12 @@ class Breakers:
     def __len__(self) -> int:
         return len(self._by_model)
 
+    def apply(self, policy: BreakerPolicy) -> None:
+        """Another policy holds from now on; what is open stays open as long as it was to be."""
+        self._policy = policy
+        for breaker in self._by_model.values():
+            breaker.apply(policy)
+
     def admits(self, model: str, now: float) -> bool:
         """Whether an attempt may start now. A model that was never asked for is up."""
         breaker = self._by_model.get(model)
@@ -468,12 +478,12 @@ class AccountBreaker:
     Only an operator or the calendar can help, so there is no backoff and no half-open state.
     """
 
-    __slots__ = ("_probe_at", "_probe_s", "_serial", "_tripped_at", "_valid_from", "code")
+    __slots__ = ("_probe_at", "_serial", "_tripped_at", "_valid_from", "code", "probe_s")
 
     def __init__(self, *, probe_s: float = ACCOUNT_PROBE_S) -> None:
         self.code = ""
         """Why nothing is sent; empty while it is."""
-        self._probe_s = probe_s
+        self.probe_s = probe_s
         self._tripped_at = 0.0
         self._probe_at = 0.0
         self._serial = 1
@@ -486,7 +496,7 @@ class AccountBreaker:
         """Whether an attempt may start now."""
         if not self.code:
             return True
-        self._probe_at = min(self._probe_at, now + self._probe_s)  # should the clock have gone back
+        self._probe_at = min(self._probe_at, now + self.probe_s)  # should the clock have gone back
         return now >= self._probe_at
 
     def started(self, now: float) -> int:
@@ -495,7 +505,7 @@ class AccountBreaker:
             return self._serial
         if not self.admits(now):
             return STRAY
-        self._probe_at = now + self._probe_s
+        self._probe_at = now + self.probe_s
         self._serial += 1
         return self._serial
 
@@ -506,7 +516,7 @@ class AccountBreaker:
             return False
         self.code = code
         self._tripped_at = now
-        self._probe_at = now + self._probe_s
+        self._probe_at = now + self.probe_s
         self._valid_from = self._serial + 1
         return True
 

@@ -37,9 +37,11 @@ class PoisonTable:
     It is empty but for the minutes after a failure: ask `len` before computing a fingerprint.
     """
 
-    __slots__ = ("_bodies", "_bodies_max")
+    __slots__ = ("_bodies", "_bodies_max", "failures")
 
-    def __init__(self, *, bodies_max: int = BODIES_MAX) -> None:
+    def __init__(self, *, failures: int = FAILURES, bodies_max: int = BODIES_MAX) -> None:
+        """`failures` ≥ 1: of one body, from which on it is refused."""
+        self.failures = failures
         self._bodies: OrderedDict[bytes, _Body] = OrderedDict()
         """The one that failed longest ago first."""
         self._bodies_max = bodies_max
@@ -51,7 +53,7 @@ class PoisonTable:
         """Seconds until this body may be sent again; None when it may now."""
         self._forget(now)
         body = self._bodies.get(fingerprint)
-        if body is None or len(body.failed_at) < FAILURES:
+        if body is None or len(body.failed_at) < self.failures:
             return None
         return body.failed_at[-1] + REFUSED_S - now
 
@@ -67,7 +69,7 @@ class PoisonTable:
             if len(self._bodies) > self._bodies_max:
                 self._bodies.popitem(last=False)
             return True
-        if len(body.failed_at) >= FAILURES:
+        if len(body.failed_at) >= self.failures:
             return False
         body.failed_at = [at for at in body.failed_at if now - at < WINDOW_S] + [now]
         self._bodies.move_to_end(fingerprint)

@@ -89,6 +89,10 @@ class Refused(Record, frozen=True, gc=False):
     retry_after_s: float | None = None
     retryable: bool = True
     """False where the same request would be refused again after the wait too."""
+    limit: float | None = None
+    """The number that was reached, where one was."""
+    window_s: float | None = None
+    """The time it holds for."""
 
 
 class Attempt(Record, frozen=True, gc=False):
@@ -127,6 +131,8 @@ class Outcome(Record, frozen=True, gc=False):
     model: str
     error_code: str = ""
     failure: Failure | None = None
+    refused: Refused | None = None
+    """Why no attempt was made, when the call was refused while it waited for its turn."""
 
 
 class AttemptEntry(Record, frozen=True, gc=False, omit_defaults=True):

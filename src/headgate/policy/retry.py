@@ -33,6 +33,10 @@ class Cause(enum.Enum):
     """The request itself is at fault: it fails everywhere."""
 
 
+OUTAGE = frozenset({Cause.OVERLOADED, Cause.SERVER, Cause.AMBIGUOUS, Cause.CONNECT})
+"""Causes that tell of a model that is down (an F in column B of failure-model §2.1); all others are neutral."""
+
+
 class RetryPolicy(msgspec.Struct, frozen=True):
     """Limits of trying again (design §5.5)."""
 

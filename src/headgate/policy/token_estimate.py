@@ -6,23 +6,52 @@ generation of the tokenizer (claude-api §9.1), later corrected by real usage. E
 
 from __future__ import annotations
 
+import re
+from typing import Literal
+
 from headgate.wire.message import MessageRequest
+
+Script = Literal["ascii", "mixed", "dense", "cjk"]
+"""What the text is written in, as far as it matters: a token of English is 3.4 characters, of Vietnamese 1.5 to 2."""
 
 _SAMPLE_BYTES = 512
 
-_ASCII_CHARS_PER_TOKEN = 3.4
-_VIETNAMESE_MIXED_CHARS_PER_TOKEN = 2.0
-_VIETNAMESE_DENSE_CHARS_PER_TOKEN = 1.5
-_CJK_CHARS_PER_TOKEN = 1.0
+_CHARS_PER_TOKEN: dict[Script, float] = {"ascii": 3.4, "mixed": 2.0, "dense": 1.5, "cjk": 1.0}
+"""`mixed` is Vietnamese among English or code, `dense` is Vietnamese alone."""
 
 DEFAULT_BYTES_PER_TOKEN = 3.4
+
+_BASE64 = re.compile(rb'"data"\s*:\s*"([A-Za-z0-9+/=\\]{256,})"')
+_FILE_TOKENS = 1600
+"""Of an image or a page: Anthropic scales images to about 1,568 tokens (claude-api §9.1)."""
+_BASE64_BYTES_PER_FILE = 130_000
+"""A page of a PDF, roughly; longer data counts as several."""
 
 
 def input_tokens(request: MessageRequest) -> int:
     """Tokens of the whole prompt, ≥ 1, cached or not: a guess within some tens of percent.
 
-    The script is read off the share of bytes that are not ASCII; text written as `\\uXXXX` escapes is recognised by
-    a sample of the body's end.
+    Images and documents in base64 count by their number and size, not as text.
+    """
+    chars, extra_share = _measure(request)
+    files, file_bytes = 0, 0
+    if b'"base64"' in request.body:
+        for found in _BASE64.finditer(request.body):
+            files += 1 + len(found[1]) // _BASE64_BYTES_PER_FILE
+            file_bytes += len(found[1])
+    text_tokens = int(max(chars - file_bytes, 0) / _CHARS_PER_TOKEN[_script(extra_share)])
+    return max(1, text_tokens + files * _FILE_TOKENS)
+
+
+def script(request: MessageRequest) -> Script:
+    """What the prompt is written in."""
+    return _script(_measure(request)[1])
+
+
+def _measure(request: MessageRequest) -> tuple[int, float]:
+    """Characters, and bytes beyond one a character as a share of them.
+
+    Text written as `\\uXXXX` escapes is recognised by a sample of the body's end.
     """
     body = request.body
     chars = request.chars
@@ -33,18 +62,18 @@ def input_tokens(request: MessageRequest) -> int:
         sample_chars = len(body) - sample_from - 5 * escapes
         extra_share = max(extra_share, escapes / max(sample_chars, 1))
         chars = int(chars * sample_chars / (len(body) - sample_from))
-    return max(1, int(chars / _chars_per_token(extra_share)))
+    return chars, extra_share
 
 
-def _chars_per_token(extra_share: float) -> float:
+def _script(extra_share: float) -> Script:
     """By bytes beyond one a character: 0 is English or code, Vietnamese lies between, CJK has about 2."""
     if extra_share < 0.02:
-        return _ASCII_CHARS_PER_TOKEN
+        return "ascii"
     if extra_share < 0.15:
-        return _VIETNAMESE_MIXED_CHARS_PER_TOKEN
+        return "mixed"
     if extra_share < 0.8:
-        return _VIETNAMESE_DENSE_CHARS_PER_TOKEN
-    return _CJK_CHARS_PER_TOKEN
+        return "dense"
+    return "cjk"
 
 
 class OutputCalibration:

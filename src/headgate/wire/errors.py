@@ -42,6 +42,10 @@ SPEND_CAP_CODES = frozenset({"enforced_spend_limit_reached", "contract_spend_lim
 """429s that last until a limit is raised or a month ends: never retried (claude-api §5)."""
 
 
+RAMP_CODE = "ramp_limit_exceeded"
+"""A 429 for growing too fast, whatever the limits (claude-api §6.1)."""
+
+
 class ErrorDetails(msgspec.Struct, frozen=True):
     """`error.details`; `error_code` is the stable name to branch on."""
 
@@ -80,19 +84,21 @@ def error_code(envelope: Envelope) -> str:
     return (details and details.error_code) or ""
 
 
-def envelope(error_type: str, message: str, *, code: str, request_id: str) -> bytes:
-    """The body of an error that the gateway made."""
-    return msgspec.json.encode(_document(error_type, message, code, request_id))
+def envelope(error_type: str, message: str, *, code: str, request_id: str, **details: float) -> bytes:
+    """The body of an error that the gateway made. `details` stand beside `error_code`: a limit, a wait."""
+    return msgspec.json.encode(_document(error_type, message, code, request_id, details))
 
 
-def event(error_type: str, message: str, *, code: str, request_id: str) -> bytes:
+def event(error_type: str, message: str, *, code: str, request_id: str, **details: float) -> bytes:
     """The same as the last event of a stream."""
-    return sse.frame(b"error", msgspec.json.encode(_document(error_type, message, code, request_id)))
+    return sse.frame(b"error", msgspec.json.encode(_document(error_type, message, code, request_id, details)))
 
 
-def _document(error_type: str, message: str, code: str, request_id: str) -> dict[str, object]:
+def _document(
+    error_type: str, message: str, code: str, request_id: str, details: dict[str, float]
+) -> dict[str, object]:
     return {
         "type": "error",
-        "error": {"type": error_type, "message": message, "details": {"error_code": code}},
+        "error": {"type": error_type, "message": message, "details": {"error_code": code, **details}},
         "request_id": request_id,
     }

@@ -1,0 +1,411 @@
+"""Turns: every attempt waits here until its person's limits, its model's breaker and Anthropic's limits let it leave.
+
+What it is: the driver of the pure parts: the order (`policy/request_queue.py`), the rates (the limiter behind
+`storage/limits.py`), outages (`policy/breaker.py`, `policy/slow_start.py`). It has the timers, the futures, and who is
+told. What it is not: a decision of its own. With nothing in the way a turn is given at once, without a future, a timer
+or a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import structlog
+
+from headgate.gateway import refusals
+from headgate.gateway.policies import Policies
+from headgate.policy.admission import no_turn
+from headgate.policy.breaker import AccountBreaker, Breakers, State, Transition
+from headgate.policy.limiter import MINUTE_S, Ask, ClassLimits, Subject, Verdict, cost_s
+from headgate.policy.poison import PoisonTable
+from headgate.policy.records import Record, Refused
+from headgate.policy.request_queue import Entry, QueueTotals, RequestQueue
+from headgate.policy.slow_start import SlowStart
+from headgate.storage.interfaces import Limits
+from headgate.wire.headers import rate_limits
+
+log = structlog.get_logger()
+
+TOLD_EVERY_S = 0.1
+LEASE_S = 60.0
+RENEW_EVERY_S = 15.0
+
+
+class Want(Record, frozen=True, gc=False):
+    """What a turn is wanted for."""
+
+    ask_id: str
+    model: str
+    class_id: str
+    limits: ClassLimits
+    subjects: tuple[Subject, ...]
+    input_tokens: int
+    output_tokens: int
+    deadline: float
+    user: str
+    weight: float = 1.0
+    waiting_max: int = 10
+    background: bool = False
+    again: bool = False
+    """A retry goes to the head of its person's line."""
+    divertible: bool = False
+    """There is another model to go to, should this one's breaker open."""
+    bytes: int = 0
+    call_id: str = ""
+    key_id: str = ""
+    conversation: str = ""
+
+
+class Turn(Record, frozen=True, gc=False):
+    """A turn was given. Exactly one `Traffic.ended` must follow."""
+
+    ask_id: str
+    model: str
+    class_id: str
+    limits: ClassLimits
+    breaker_token: int
+    account_token: int
+
+
+class Diverted(Record, frozen=True, gc=False):
+    """The model's breaker opened meanwhile: choose again."""
+
+
+class Left(Record, frozen=True, gc=False):
+    """The wait was given up: the client left, or the process stops."""
+
+
+_DIVERTED = Diverted()
+_LEFT = Left()
+Result = Turn | Refused | Diverted | Left
+
+
+class Waiting(Entry):
+    """One want in the queue. `result` is None until there is one; then await is not needed."""
+
+    __slots__ = ("_future", "ask", "result", "want")
+
+    def __init__(self, want: Want, now: float) -> None:
+        rpm = want.subjects[0].rpm if want.subjects else None
+        super().__init__(
+            want.user,
+            cost_s=cost_s(want.limits, want.input_tokens, want.output_tokens),
+            deadline=want.deadline,
+            enqueued_at=now,
+            weight=want.weight,
+            bytes=want.bytes,
+            background=want.background,
+            head=want.again,
+            waiting_max=want.waiting_max,
+            gap_s=MINUTE_S / rpm if rpm else 0.0,
+        )
+        self.want = want
+        self.ask = Ask(
+            id=want.ask_id,
+            class_id=want.class_id,
+            limits=want.limits,
+            subjects=want.subjects,
+            input_tokens=want.input_tokens,
+            output_tokens=want.output_tokens,
+            lease_s=LEASE_S,
+        )
+        self.result: Result | None = None
+        self._future: asyncio.Future[Result] | None = None
+
+    def finish(self, result: Result) -> None:
+        """Tell who waits; the first word holds."""
+        if self.result is None:
+            self.result = result
+            if self._future is not None:
+                self._future.set_result(result)
+
+    async def wait(self) -> Result:
+        """The result, when there is one."""
+        if self.result is None:
+            self._future = asyncio.get_running_loop().create_future()
+            return await self._future
+        return self.result
+
+
+class _Lane:
+    """One model class: its queue, its timer, and its pace after an outage."""
+
+    __slots__ = ("class_id", "limits", "queue", "slow_start", "timer", "timer_at", "told_at")
+
+    def __init__(self, class_id: str, queue: RequestQueue, limits: ClassLimits, now: float) -> None:
+        self.class_id = class_id
+        self.limits = limits
+        self.queue = queue
+        self.slow_start = SlowStart(now)
+        self.timer: asyncio.TimerHandle | None = None
+        self.timer_at = 0.0
+        self.told_at = -TOLD_EVERY_S
+
+
+class Traffic:
+    """All turns of a process."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        policies: Policies,
+        *,
+        clock: Callable[[], float],
+        jitter: Callable[[], float],
+    ) -> None:
+        self.limits = limits
+        self.breakers = Breakers(policies.breaker, jitter=jitter)
+        self.account = AccountBreaker(probe_s=policies.spend_cap_probe_s)
+        self.poison = PoisonTable(failures=policies.poison_failures)
+        self._totals = QueueTotals(policies.queue)
+        self._clock = clock
+        self._lanes: dict[str, _Lane] = {}
+        self._live: dict[str, str] = {}
+        """Turns that are out, and the class of each."""
+        self._renewed_at = clock()
+
+    # the path
+
+    def join(self, want: Want) -> Waiting:
+        """Ask for a turn. The result may be there already; else `await waiting.wait()`."""
+        now = self._clock()
+        waiting = Waiting(want, now)
+        lane = self._lane(want.class_id, want.limits)
+        queue = lane.queue
+        if not len(queue) and not lane.slow_start.active(now) and self.breakers.admits(want.model, now):
+            # Nobody waits and nothing is known to be in the way: ask at once.
+            self.limits.admit(waiting.ask, functools.partial(self._answered_directly, lane, waiting))
+        else:
+            self._line_up(lane, waiting, now, None)
+        return waiting
+
+    def leave(self, waiting: Waiting) -> None:
+        """The client is gone, or the process stops."""
+        if waiting.result is None:
+            lane = self._lanes[waiting.want.class_id]
+            lane.queue.leave(waiting)
+            waiting.finish(_LEFT)
+            self._pump(lane)
+
+    def began(self, turn: Turn, *, input_tokens: int) -> None:
+        """Anthropic answers: the uncached input is exact from here on."""
+        self.limits.correct(turn.ask_id, input_tokens=input_tokens, output_tokens=0)
+        self._changed(self.breakers.answering(turn.model, turn.breaker_token, self._clock()), turn.class_id)
+        self._room(turn.class_id)
+
+    def progressed(self, turn: Turn, *, input_tokens: int, output_tokens: int) -> None:
+        """Output so far."""
+        self.limits.correct(turn.ask_id, input_tokens=input_tokens, output_tokens=output_tokens)
+
+    def told(self, turn: Turn, headers: Mapping[bytes, bytes]) -> None:
+        """The head of an answer, for the limits that it names. A class is told about ten times a second at most."""
+        lane, now = self._lanes[turn.class_id], self._clock()
+        if now - lane.told_at >= TOLD_EVERY_S and b"anthropic-ratelimit-requests-limit" in headers:
+            lane.told_at = now
+            self.limits.observe(turn.ask_id, rate_limits(headers))
+
+    def throttled(self, turn: Turn, *, retry_after_s: float | None, ramp: bool) -> None:
+        """Anthropic answered 429."""
+        self.limits.throttled(turn.class_id, turn.limits, retry_after_s=retry_after_s, ramp=ramp)
+
+    def ended(self, turn: Turn, *, input_tokens: int, output_tokens: int) -> None:
+        """The attempt is over and took this much."""
+        self._live.pop(turn.ask_id, None)
+        self.limits.settle(turn.ask_id, input_tokens=input_tokens, output_tokens=output_tokens)
+        self._room(turn.class_id)
+
+    def succeeded(self, turn: Turn) -> None:
+        """The model answered."""
+        if self.account.succeeded(turn.account_token):
+            log.warning("spend_cap_over")
+        self._changed(self.breakers.succeeded(turn.model, turn.breaker_token, self._clock()), turn.class_id)
+
+    def failed(self, turn: Turn) -> None:
+        """The model failed, as in an outage."""
+        self._changed(self.breakers.failed(turn.model, turn.breaker_token, self._clock()), turn.class_id)
+
+    def neutral(self, turn: Turn) -> None:
+        """The attempt says nothing about the model: a 429, a 4xx, a client that left."""
+        self.breakers.neutral(turn.model, turn.breaker_token, self._clock())
+
+    def spend_cap(self, code: str) -> None:
+        """Anthropic says that the account may spend no more: nothing leaves, and nobody waits in vain."""
+        now = self._clock()
+        if not self.account.tripped(now, code):
+            return
+        log.error("spend_cap", code=code, mend="raise the limit in the Claude console")
+        for lane in self._lanes.values():
+            for entry in list(lane.queue):
+                assert isinstance(entry, Waiting)
+                lane.queue.leave(entry)
+                entry.finish(refusals.spend_cap(code, (self.account.retry_at(now) or now) - now))
+
+    def apply(self, policies: Policies) -> None:
+        """The settings were read again."""
+        self.breakers.apply(policies.breaker)
+        self.account.probe_s = policies.spend_cap_probe_s
+        self.poison.failures = policies.poison_failures
+        self._totals.bounds = policies.queue
+
+    def tick(self, now: float) -> None:
+        """Heartbeats of the store, leases of what is under way, outages that end by time."""
+        self.limits.tick(now)
+        if now - self._renewed_at >= RENEW_EVERY_S:
+            self._renewed_at = now
+            for ask_id in self._live:
+                self.limits.renew(ask_id, lease_s=LEASE_S)
+
+    def waiting(self) -> Iterable[tuple[Waiting, int, float]]:
+        """Everybody who waits, with their position and expected wait in seconds."""
+        now = self._clock()
+        for lane in self._lanes.values():
+            for entry in lane.queue:
+                assert isinstance(entry, Waiting)
+                yield entry, lane.queue.position(entry), lane.queue.expected_wait_s(entry, now)
+
+    def lanes(self) -> Iterable[tuple[str, ClassLimits, RequestQueue]]:
+        """Every model class that was ever asked for."""
+        return [(lane.class_id, lane.limits, lane.queue) for lane in self._lanes.values()]
+
+    # inside
+
+    def _lane(self, class_id: str, limits: ClassLimits) -> _Lane:
+        lane = self._lanes.get(class_id)
+        if lane is None:
+            queue = RequestQueue(self._totals, burst_s=limits.burst_s)
+            lane = self._lanes[class_id] = _Lane(class_id, queue, limits, self._clock())
+        lane.limits = limits
+        return lane
+
+    def _answered_directly(self, lane: _Lane, waiting: Waiting, verdict: Verdict) -> None:
+        now = self._clock()
+        if waiting.result is not None:
+            self._give_back(waiting, verdict)
+        elif verdict.admitted:
+            self._give(lane, waiting, now)
+        else:
+            self._line_up(lane, waiting, now, verdict)
+
+    def _line_up(self, lane: _Lane, waiting: Waiting, now: float, verdict: Verdict | None) -> None:
+        """Into the queue; or told at once that it would be in vain."""
+        want = waiting.want
+        shed, refusal = lane.queue.join(waiting, now)
+        for entry in shed:
+            assert isinstance(entry, Waiting)
+            expected_s = self._lanes[entry.want.class_id].queue.expected_wait_s(entry, now)
+            entry.finish(no_turn("queue_full", expected_s, entry.want.subjects))
+        if refusal is not None:
+            waiting.finish(no_turn(refusal, lane.queue.expected_wait_s(waiting, now), want.subjects))
+            return
+        if verdict is not None:
+            lane.queue.denied(waiting, verdict, now)
+        self._pump(lane)
+        if waiting.result is None:
+            expected_s, why = lane.queue.expected(waiting, now)
+            if now + expected_s > want.deadline:
+                lane.queue.leave(waiting)
+                waiting.finish(no_turn(why, expected_s, want.subjects))
+
+    def _pump(self, lane: _Lane) -> None:
+        """Let everybody ask whose turn it is, and set the alarm for the next change."""
+        now = self._clock()
+        queue = lane.queue
+        for expired in queue.expired(now):
+            assert isinstance(expired, Waiting)
+            expected_s, why = queue.expected(expired, now)
+            expired.finish(no_turn(why, expected_s, expired.want.subjects))
+        while (entry := queue.next(now)) is not None:
+            assert isinstance(entry, Waiting)
+            model = entry.want.model
+            if not self.breakers.admits(model, now):
+                queue.hold(entry, self.breakers.retry_at(model, now), now)
+                continue
+            slow_s = lane.slow_start.wait_s(now)
+            if slow_s > 0:
+                queue.denied(entry, Verdict(False, slow_s, "slow_start"), now)
+                continue
+            self.limits.admit(entry.ask, functools.partial(self._answered, lane, entry))
+        if not len(queue):
+            lane.slow_start.caught_up(now)
+        self._arm(lane, queue.wake_at())
+
+    def _answered(self, lane: _Lane, entry: Waiting, verdict: Verdict) -> None:
+        now = self._clock()
+        if entry.result is not None:
+            self._give_back(entry, verdict)
+        elif not verdict.admitted:
+            lane.queue.denied(entry, verdict, now)
+        elif not self.breakers.admits(entry.want.model, now):
+            # It opened, or another one became its probe, while the answer was on its way.
+            self._give_back(entry, verdict)
+            lane.queue.hold(entry, self.breakers.retry_at(entry.want.model, now), now)
+        elif lane.queue.admitted(entry, now, verdict.pace):
+            self._give(lane, entry, now)
+        else:
+            self._give_back(entry, verdict)
+        if self.limits.shared:
+            self._pump(lane)
+
+    def _give(self, lane: _Lane, waiting: Waiting, now: float) -> None:
+        want = waiting.want
+        lane.slow_start.admitted(now)
+        self._live[want.ask_id] = want.class_id
+        waiting.finish(
+            Turn(
+                want.ask_id,
+                want.model,
+                want.class_id,
+                want.limits,
+                self.breakers.started(want.model, now),
+                self.account.started(now),
+            )
+        )
+
+    def _give_back(self, waiting: Waiting, verdict: Verdict) -> None:
+        """The turn came too late."""
+        if verdict.admitted:
+            self.limits.settle(waiting.want.ask_id, input_tokens=0, output_tokens=0)
+
+    def _room(self, class_id: str) -> None:
+        """Something was given back: whoever waits may ask again before the time they were told."""
+        lane = self._lanes.get(class_id)
+        if lane is not None and len(lane.queue):
+            lane.queue.unblock()
+            self._pump(lane)
+
+    def _changed(self, transition: Transition | None, class_id: str) -> None:
+        """A breaker turned: some go elsewhere, some may go on."""
+        if transition is None:
+            return
+        model, after, now = transition.model, transition.after, self._clock()
+        log.warning("breaker", model=model, before=transition.before.value, after=after.value, reason=transition.reason)
+        lane = self._lanes[class_id]
+        if after is State.OPEN:
+            lane.slow_start.outage_began(now)
+            # What failed together failed for a reason of its own.
+            self.poison.clear()
+            for entry in list(lane.queue):
+                if isinstance(entry, Waiting) and entry.want.model == model and entry.want.divertible:
+                    lane.queue.leave(entry)
+                    entry.finish(_DIVERTED)
+        elif after is State.CLOSED:
+            lane.slow_start.outage_ended(now)
+        lane.queue.release()
+        self._pump(lane)
+
+    def _arm(self, lane: _Lane, at: float | None) -> None:
+        if lane.timer is not None:
+            if at is not None and lane.timer_at <= at:
+                return
+            lane.timer.cancel()
+            lane.timer = None
+        if at is not None:
+            lane.timer_at = at
+            delay_s = max(at - self._clock(), 0.0)
+            lane.timer = asyncio.get_running_loop().call_later(delay_s, self._alarm, lane)
+
+    def _alarm(self, lane: _Lane) -> None:
+        lane.timer = None
+        self._pump(lane)
