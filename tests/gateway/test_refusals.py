@@ -21,12 +21,13 @@ def headers(lines: bytes) -> dict[bytes, bytes]:
 def test_every_refusal_is_an_envelope_that_names_its_call_and_its_code(refused):
     answer = refusals.answer(refused, call_id="call_1")
     body = json.loads(answer.body)
+    wait = {} if refused.retry_after_s is None else {"retry_after_s": refused.retry_after_s}
     assert body == {
         "type": "error",
         "error": {
             "type": refused.error_type,
             "message": refused.message,
-            "details": {"error_code": refused.error_code},
+            "details": {"error_code": refused.error_code} | wait,
         },
         "request_id": "call_1",
     }
@@ -67,6 +68,20 @@ def test_advice_is_one_clear_word_and_never_more_than_a_minute(retry_after_s, sh
     else:
         assert 1 <= int(sent[b"retry-after"]) <= 60
         assert int(sent[b"retry-after"]) >= min(retry_after_s, 60)
+        assert (b"retry-after-ms" in sent) == should_retry
+        if should_retry:
+            assert min(retry_after_s, 60) * 1000 <= int(sent[b"retry-after-ms"]) <= 60_000
+
+
+def test_a_refusal_with_a_limit_names_it_in_the_body_and_in_the_two_fields_of_the_draft():
+    refused = Refused(429, "rate_limit_error", "user_rpm_exceeded", "No.", retry_after_s=6.2, limit=20, window_s=60.0)
+    answer = refusals.answer(refused, call_id="c")
+    details = json.loads(answer.body)["error"]["details"]
+    assert details == {"error_code": "user_rpm_exceeded", "limit": 20, "window_s": 60.0, "retry_after_s": 6.2}
+    sent = headers(answer.header_lines)
+    assert sent[b"RateLimit-Policy"] == b'"user_rpm";q=20;w=60'
+    assert sent[b"RateLimit"] == b'"user_rpm";r=0;t=7'
+    assert (sent[b"retry-after"], sent[b"retry-after-ms"]) == (b"7", b"6200")
 
 
 def test_only_a_refusal_that_names_a_wait_and_may_end_differently_invites_the_client_back():

@@ -100,7 +100,8 @@ def configure_logging(worker: Worker | None = None) -> None:
             structlog.processors.format_exc_info,
             render_whole if is_shared else structlog.processors.JSONRenderer(),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        # A line and its end in one write: workers share the output.
+        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
         cache_logger_on_first_use=True,
     )
 

@@ -190,6 +190,8 @@ class Endpoints:
         if route.kind == "messages":
             self._pipeline.start(exchange, request, principal, whose)
             return
+        if route is _COUNT_TOKENS:
+            request = self._resolved(request)
         if principal.models and route.label == "batches" and body:
             refused = _batch_refusal(body, principal)
             if refused is not None:
@@ -217,6 +219,14 @@ class Endpoints:
         answer = refusals.answer(Refused(status, error_type, code, message, retry_after_s), call_id=self._new_call_id())
         del exchange
         return answer.header_lines, answer.body
+
+    def _resolved(self, request: ClientRequest) -> ClientRequest:
+        """A token count under the model that an alias stands for; what cannot be read is Anthropic's to refuse."""
+        try:
+            body = self._pipeline.policies.router.resolved_body(scan(request.body))
+        except InvalidBody:
+            return request
+        return request if body is request.body else msgspec.structs.replace(request, body=body)
 
     def _queue(self, query: bytes, principal: Principal) -> bytes:
         """The requests that wait for a turn: of the key's person; of a key with scope `app`, all that it sent.

@@ -29,6 +29,7 @@ from headgate.wire.headers import rate_limits
 log = structlog.get_logger()
 
 TOLD_EVERY_S = 0.1
+ASKING_S = 0.005
 LEASE_S = 60.0
 RENEW_EVERY_S = 15.0
 
@@ -132,10 +133,12 @@ class Waiting(Entry):
 class _Lane:
     """One model class: its queue, its timer, and its pace after an outage."""
 
-    __slots__ = ("class_id", "limits", "queue", "slow_start", "timer", "timer_at", "told_at")
+    __slots__ = ("asking", "class_id", "limits", "queue", "slow_start", "timer", "timer_at", "told_at")
 
     def __init__(self, class_id: str, queue: RequestQueue, limits: ClassLimits, now: float) -> None:
         self.class_id = class_id
+        self.asking = 0
+        """Asks out of the queue that have no answer yet."""
         self.limits = limits
         self.queue = queue
         self.slow_start = SlowStart(now)
@@ -323,9 +326,13 @@ class Traffic:
                 queue.hold(entry, self.breakers.retry_at(model, now), now)
                 continue
             slow_s = lane.slow_start.wait_s(now)
+            if slow_s <= 0 and self.limits.shared and lane.slow_start.active(now) and lane.asking:
+                # Its pace counts who was admitted: over Redis that is known an answer later.
+                slow_s = ASKING_S
             if slow_s > 0:
                 queue.denied(entry, Verdict(False, slow_s, "slow_start"), now)
                 continue
+            lane.asking += 1
             self.limits.admit(entry.ask, functools.partial(self._answered, lane, entry))
         if not len(queue):
             lane.slow_start.caught_up(now)
@@ -333,6 +340,7 @@ class Traffic:
 
     def _answered(self, lane: _Lane, entry: Waiting, verdict: Verdict) -> None:
         now = self._clock()
+        lane.asking -= 1
         if entry.result is not None:
             self._give_back(entry, verdict)
         elif not verdict.admitted:

@@ -295,21 +295,6 @@ class Router:
         return {is_dearer(source.id, other.id, self._names.catalog, day_start_ns(day)) for day in days}
 
 
-def plan(request: MessageRequest, *, received_at: float, deadline_s: float) -> Plan:
-    """What we mean to do with this request. Raises InvalidBody when it names no model or `stream` is no boolean."""
-    model = request.model
-    if len(model) > MODEL_CHARS_MAX:
-        raise InvalidBody(f"model: String should have at most {MODEL_CHARS_MAX} characters")
-    return Plan(
-        models=(model,),
-        body=request.body,
-        streamed=request.stream,
-        input_tokens_estimate=input_tokens(request),
-        max_tokens=request.max_tokens,
-        deadline=received_at + deadline_s,
-    )
-
-
 def _renamed(request: MessageRequest, model: str) -> bytes:
     span = request.fields["model"]
     return splice(request.body, [Splice(span.start, span.end, msgspec.json.encode(model))])
