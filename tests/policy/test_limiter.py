@@ -373,6 +373,8 @@ def test_what_is_owed_comes_off_a_level_and_is_repaid():
     limiter.owe("sonnet", SONNET, (4.0, 1_200.0, 0.0), NOW)
     assert levels(limiter) == (6, -200, 100)
     assert levels(limiter, NOW + 3.0) == (9, 100, 100)
+    assert limiter.taken("sonnet") == (4.0, 1_200.0, 0.0)
+    assert limiter.taken("haiku") == (0.0, 0.0, 0.0)
 
 
 # the whole

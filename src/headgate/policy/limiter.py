@@ -417,6 +417,11 @@ class Limiter:
         for dimension in (0, 1, 2):
             state.take(dimension, amounts[dimension])
 
+    def taken(self, class_id: str) -> tuple[float, float, float]:
+        """All that was ever taken of a class: requests, input and output tokens, less what was given back."""
+        state = self._classes.get(class_id)
+        return (0.0, 0.0, 0.0) if state is None else (state.taken[0], state.taken[1], state.taken[2])
+
     def snapshot(self, class_id: str, limits: ClassLimits, now: float) -> ClassSnapshot:
         """How a class stands, for people to read."""
         state = self._class(class_id, now)
