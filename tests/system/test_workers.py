@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import time
 import urllib.request
 from collections import Counter
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.storage.redis_server import RedisServer
 from tests.system.conftest import UPSTREAM_KEY, Gateway, Process, Simulator, Stack, base_environment, until
 from tests.system.scripted import Books, Reply, body_of, connect, fetch, gather, head_of, read_body, read_head
 from tests.system.test_kill import received
@@ -32,28 +31,10 @@ STREAMS = 24
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis of this file's own."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([program, *arguments], stdout=log, stderr=subprocess.STDOUT)
-
-    def answers() -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(16) == b"+PONG\r\n"
-        except OSError:
-            return False
-
-    until(answers, what="Redis to answer")
-    yield f"redis://127.0.0.1:{port}/0"
-    process.kill()
-    process.wait()
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server.url
+    server.kill()
 
 
 class Workers:
