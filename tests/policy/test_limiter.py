@@ -504,7 +504,7 @@ class Histories(RuleBasedStateMachine):
         assert all(
             level <= capacity for level, capacity in zip(snapshot.levels, (*self.CAPACITIES, 100.0), strict=True)
         )
-        assert snapshot.frozen_s <= FREEZE_S_MAX + max(self.latest - self.now, 0.0)
+        assert snapshot.frozen_s <= FREEZE_S_MAX + 1e-6 + max(self.latest - self.now, 0.0)
 
     def teardown(self) -> None:
         # P7: what nobody ends, ends by itself: nothing is reserved, every slot is free, and the class is back.
