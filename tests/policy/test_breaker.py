@@ -266,7 +266,7 @@ def test_while_a_probe_is_out_it_is_asked_again_soon_and_at_its_bound():
 
 def test_attempts_that_began_before_it_opened_neither_extend_nor_close():
     it = breaker()
-    before = [it.started(0.0) for _ in range(10)]
+    before = [it.started(-9.0) for _ in range(10)]
     feed(it, "FFF", now=1.0)
     for token in before[:5]:
         assert it.failed(token, 5.0) is None
@@ -309,7 +309,7 @@ def test_recovery_does_not_wait_for_whole_answers():
     # Their ends are told all the same, and count like others.
     assert it.succeeded(first, 40.0) is None
     assert it.failed(second, 41.0) is None
-    assert it.snapshot(41.0).window_outcomes == 2
+    assert it.snapshot(41.0).window_outcomes == 1, "the first counted as a success when it began"
 
 
 def test_an_answer_that_breaks_after_it_began_reopens_half_open():
@@ -322,11 +322,49 @@ def test_an_answer_that_breaks_after_it_began_reopens_half_open():
     assert it.state is OPEN
 
 
-def test_an_answer_that_begins_says_nothing_while_closed():
+def test_an_answer_that_begins_is_a_success_and_its_good_end_no_second_one():
     it = breaker()
     token = it.started(0.0)
+    feed(it, "FF", now=0.5)
     assert it.answering(token, 1.0) is None
-    assert it.snapshot(1.0).window_outcomes == 0
+    assert it.succeeded(token, 2.0) is None
+    view = it.snapshot(2.0)
+    assert (view.window_outcomes, view.window_failures, view.failures_in_a_row) == (3, 2, 0)
+
+
+# --- A crowd: what fails in it fails at once, and what goes well takes its time
+
+
+def test_three_of_a_crowd_that_left_together_are_no_three_in_a_row():
+    it = breaker()
+    crowd = [it.started(0.0) for _ in range(16)]
+    for token in (crowd[3], crowd[7], crowd[12]):
+        assert it.failed(token, 0.001) is None
+    for token in crowd:
+        it.answering(token, 2.0)
+    assert it.state is CLOSED
+    assert it.snapshot(2.0).failures_in_a_row == 0
+
+
+def test_ten_of_a_large_crowd_are_no_half_of_it():
+    it = breaker()
+    crowd = [it.started(0.0) for _ in range(200)]
+    for token in crowd[::20]:
+        assert it.failed(token, 0.001) is None
+
+
+def test_the_first_three_of_a_crowd_are_three_in_a_row():
+    it = breaker()
+    crowd = [it.started(0.0) for _ in range(16)]
+    assert [it.failed(token, 0.001) is not None for token in crowd[:8]] == [False] * 2 + [True] + [False] * 5
+
+
+def test_a_model_that_hangs_opens_it_though_a_crowd_waits():
+    it = breaker()
+    tokens = [it.started(at / 50) for at in range(6_000)]
+    for number, token in enumerate(tokens[:3]):
+        opened_by = it.failed(token, 120.0 + number / 50)
+    assert opened_by is not None
 
 
 # --- The clock

@@ -18,8 +18,21 @@ def status(code: int, **fields) -> Failure:
     return Failure(kind="status", status=code, **fields)
 
 
-def decided(failure: Failure, *, attempts_made=1, now=NOW, deadline=DEADLINE, jitter=0.5, policy=POLICY):
-    return decide(failure, attempts_made=attempts_made, now=now, deadline=deadline, policy=policy, jitter=jitter)
+def decided(
+    failure: Failure, *, attempts_made=1, ambiguous_made=None, now=NOW, deadline=DEADLINE, jitter=0.5, policy=POLICY
+):
+    """As if all attempts had failed alike, unless something else is said."""
+    if ambiguous_made is None:
+        ambiguous_made = attempts_made if cause(failure) is Cause.AMBIGUOUS else 0
+    return decide(
+        failure,
+        attempts_made=attempts_made,
+        ambiguous_made=ambiguous_made,
+        now=now,
+        deadline=deadline,
+        policy=policy,
+        jitter=jitter,
+    )
 
 
 def waits(failure: Failure, *, attempts_made=1) -> tuple[float, float]:

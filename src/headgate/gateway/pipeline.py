@@ -367,6 +367,7 @@ class MessageCall:
                 background=self._tier.background,
                 again=step.again,
                 divertible=len(plan.models) > 1,
+                better=() if step.again else plan.models[: plan.models.index(model)],
                 bytes=len(request.body),
                 call_id=request.call_id,
                 key_id=self._principal.key_id,
@@ -383,7 +384,7 @@ class MessageCall:
             self._queued_s += now - waiting.enqueued_at
         if isinstance(result, Turn):
             self._turn = result
-            call.admitted()
+            call.admitted(probe=result.probe)
         elif isinstance(result, Refused):
             call.refused(result, now)
         elif isinstance(result, Diverted):

@@ -53,6 +53,8 @@ class Want(Record, frozen=True, gc=False):
     """A retry goes to the head of its person's line."""
     divertible: bool = False
     """There is another model to go to, should this one's breaker open."""
+    better: tuple[str, ...] = ()
+    """Models that would be asked rather, should a breaker of theirs close."""
     bytes: int = 0
     call_id: str = ""
     key_id: str = ""
@@ -68,6 +70,8 @@ class Turn(Record, frozen=True, gc=False):
     limits: ClassLimits
     breaker_token: int
     account_token: int
+    probe: bool
+    """It finds out whether its model is back."""
 
 
 class Diverted(Record, frozen=True, gc=False):
@@ -368,6 +372,7 @@ class Traffic:
                 want.limits,
                 self.breakers.started(want.model, now),
                 self.account.started(now),
+                probe=self.breakers.state(want.model) is not State.CLOSED,
             )
         )
 
@@ -400,8 +405,17 @@ class Traffic:
                     entry.finish(_DIVERTED)
         elif after is State.CLOSED:
             lane.slow_start.outage_ended(now)
+            self._call_home(model)
         lane.queue.release()
         self._pump(lane)
+
+    def _call_home(self, model: str) -> None:
+        """Who waits for a fallback would now be served sooner, and better, by the model that they asked for."""
+        for lane in self._lanes.values():
+            for entry in list(lane.queue):
+                if isinstance(entry, Waiting) and model in entry.want.better:
+                    lane.queue.leave(entry)
+                    entry.finish(_DIVERTED)
 
     def _arm(self, lane: _Lane, at: float | None) -> None:
         if lane.timer is not None:

@@ -38,6 +38,8 @@ OUTAGE_SHARE = 1 / 6
 """Part of an outage's length that lies between two probes at most, so that its end is noticed in proportion."""
 TRIAL_S_MAX = 20.0
 """What came back and broke again must hold this long at most before it is trusted."""
+BESIDE_S = 3.0
+"""An answer begins within this time, mostly."""
 ASK_AGAIN_S = 1.0
 """While a probe is out nobody knows when it ends."""
 ACCOUNT_PROBE_S = 15 * 60.0
@@ -111,9 +113,9 @@ class Breaker:
     """The state of one model. `now` is monotonic seconds everywhere; a clock that goes back does no harm."""
 
     __slots__ = (
-        "_bad", "_bin_at", "_bin_until", "_bins", "_changed_at", "_failed_at", "_jitter", "_ok", "_policy", "_probe",
-        "_probe_at", "_retry_at", "_retry_s", "_run", "_serial", "_stable_from", "_successes", "_token", "_valid_from",
-        "model", "reopened", "state", "transitions",
+        "_bad", "_bin_at", "_bin_until", "_bins", "_changed_at", "_failed_at", "_jitter", "_newest_failed", "_ok",
+        "_out", "_policy", "_probe", "_probe_at", "_retry_at", "_retry_s", "_run", "_serial", "_stable_from",
+        "_successes", "_valid_from", "model", "reopened", "state", "transitions",
     )  # fmt: skip
 
     def __init__(self, model: str, *, policy: BreakerPolicy, jitter: Callable[[], float], now: float) -> None:
@@ -136,8 +138,10 @@ class Breaker:
         self._bin_at = now
         self._bin_until = now + policy.window_s / BINS
         self._serial = 1
-        self._token = 1
-        """Given to every attempt while closed; each probe has its own."""
+        self._out: dict[int, float] = {}
+        """Attempts that wait for the first word of an answer, in the order in which they started, with the time."""
+        self._newest_failed = STRAY
+        """The youngest attempt of the run."""
         self._valid_from = 1
         """Tokens below it are of attempts that began before the last opening, or of lost probes."""
         self._probe = STRAY
@@ -166,7 +170,9 @@ class Breaker:
     def started(self, now: float) -> int:
         """An attempt starts; while not closed it is the probe. The token is given back at its end."""
         if self.state is State.CLOSED:
-            return self._token
+            self._serial = token = self._serial + 1
+            self._out[token] = now
+            return token
         if not self.admits(now):
             return STRAY
         self._serial += 1
@@ -178,9 +184,14 @@ class Breaker:
     def answering(self, token: int, now: float) -> Transition | None:
         """The answer has begun. For a probe this is the success, so that recovery does not wait for whole answers.
 
-        Its end is told all the same: should it break later, that counts as a failure.
+        Nor does a crowd that left together: what fails in it fails at once, and what goes well takes its time. Its end
+        is told all the same: should it break later, that counts as a failure.
         """
-        if self.state is State.CLOSED or token != self._probe or not token:
+        if self.state is State.CLOSED:
+            if self._out.pop(token, None) is not None:
+                self._well(now)
+            return None
+        if token != self._probe or not token:
             return None
         return self._probe_succeeded(now)
 
@@ -189,9 +200,8 @@ class Breaker:
         if self.state is not State.CLOSED:
             return self.answering(token, now)
         if token >= self._valid_from:
-            if not self._bin_at <= now < self._bin_until:
-                self._turn(now)
-            self._ok += 1
+            if self._out.pop(token, None) is not None:
+                self._well(now)
             self._run = 0
         return None
 
@@ -203,8 +213,10 @@ class Breaker:
             case State.CLOSED:
                 if not self._bin_at <= now < self._bin_until:
                     self._turn(now)
+                self._out.pop(token, None)
                 self._bad += 1
                 self._run = self._run + 1 if now - self._failed_at < RUN_GAP_S else 1
+                self._newest_failed = token if self._run == 1 else max(token, self._newest_failed)
                 self._failed_at = now
                 reason = self._trouble()
                 return self._open(now, reason) if reason else None
@@ -227,6 +239,7 @@ class Breaker:
 
     def neutral(self, token: int, now: float) -> None:
         """The attempt ended in a way that says nothing. A probe's place is free again."""
+        self._out.pop(token, None)
         if token == self._probe:
             self._probe = STRAY
             self._mend_clock(now)
@@ -267,11 +280,28 @@ class Breaker:
         """Why it opens after this failure; empty when it does not."""
         policy = self._policy
         outcomes, failures = self._window()
-        if self._run >= policy.failures and not self._is_chance():
+        in_a_row = self._run >= policy.failures and self._run >= policy.failure_ratio * (self._run + self._beside())
+        if in_a_row and not self._is_chance():
             return "failures_in_a_row"
-        if outcomes >= policy.window_requests_min and failures >= policy.failure_ratio * outcomes:
+        if outcomes >= policy.window_requests_min and failures >= policy.failure_ratio * (outcomes + self._beside()):
             return "failure_ratio"
         return ""
+
+    def _beside(self) -> int:
+        """Attempts that started with those that failed, or shortly before, and may yet go well."""
+        beside = 0
+        for token, started_at in reversed(self._out.items()):
+            if self._failed_at - started_at > BESIDE_S:
+                break
+            beside += token < self._newest_failed
+        return beside
+
+    def _well(self, now: float) -> None:
+        """An answer has come, or begins to."""
+        if not self._bin_at <= now < self._bin_until:
+            self._turn(now)
+        self._ok += 1
+        self._run = 0
 
     def _is_chance(self) -> bool:
         """Whether the run of failures is one that a busy model with scattered faults shows anyway.
@@ -299,7 +329,6 @@ class Breaker:
         if self._successes >= self._policy.successes and half_open_s >= self._trial_s():
             self._run = 0
             self._clear_window(now)
-            self._token = self._serial
             self._stable_from = now + self._policy.stable_s
             return self._change(State.CLOSED, "recovered", now)
         if self.state is State.OPEN:
@@ -321,6 +350,7 @@ class Breaker:
         else:
             self.reopened = 0
         self._probe = STRAY
+        self._out.clear()
         self._serial += 1
         self._valid_from = self._serial
         self._wait(now, 0.0)

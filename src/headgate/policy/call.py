@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from headgate.policy.records import Attempt, Failure, Outcome, OutcomeKind, Plan, Refused
-from headgate.policy.retry import Cause, GiveUp, RetryBudget, RetryPolicy, cause, decide
+from headgate.policy.retry import AMBIGUOUS_MAX, Cause, GiveUp, RetryBudget, RetryPolicy, cause, decide
 
 _FAILURES_BEFORE_FALLBACK = 2
 
@@ -73,6 +73,7 @@ class Call:
 
     __slots__ = (
         "_admits",
+        "_ambiguous",
         "_attempts",
         "_budget",
         "_committed",
@@ -82,6 +83,7 @@ class Call:
         "_models",
         "_plan",
         "_policy",
+        "_probing",
         "_state",
         "model",
         "reasons",
@@ -107,6 +109,10 @@ class Call:
         self._models = plan.models
         """Those that may still be tried, in order."""
         self._attempts = 0
+        self._ambiguous = 0
+        """Attempts that may have been billed though no answer came of them."""
+        self._probing = False
+        """Whether the attempt of now is its model's probe."""
         self._failed_here = 0
         """Failures in a row of the model of now."""
         self._failure: Failure | None = None
@@ -119,7 +125,6 @@ class Call:
         if len(self._models) > 1 and not admits(self.model, now):
             self._move_on("breaker_open", now)
         self.step: Step = Admit(self.model, again=False)
-        budget.deposit()
 
     def __repr__(self) -> str:
         return f"<Call {self._state} attempt {self._attempts}{' committed' if self._committed else ''} {self.step}>"
@@ -141,10 +146,14 @@ class Call:
             return ""
         return next((reason[9:] for reason in reversed(self.reasons) if reason.startswith("fallback:")), "")
 
-    def admitted(self) -> None:
-        """The turn has come: the attempt is made."""
+    def admitted(self, *, probe: bool = False) -> None:
+        """The turn has come: the attempt is made. `probe`: it is the one that finds out whether its model is back."""
         assert self._state == "QUEUED", self
         assert not self._committed, "no second attempt after the commit point"
+        if not self._attempts:
+            # Not when it came: of a crowd that waits, the deposits would be lost before the retries are due.
+            self._budget.deposit()
+        self._probing = probe
         self._attempts += 1
         assert self._attempts <= self._policy.attempts_max
         self._state = "SENDING"
@@ -157,9 +166,15 @@ class Call:
         self._drop(f"unfit:{reason}", now)
 
     def diverted(self, now: float) -> None:
-        """While it waited for its turn, its model's breaker opened."""
+        """While it waited for its turn, its model's breaker opened, or that of a better model closed."""
         assert self._state == "QUEUED", self
-        self._move_on("breaker_open", now)
+        if self._attempts:
+            self._move_on("breaker_open", now)
+        else:
+            model = next((one for one in self._plan.models if one in self._models and self._admits(one, now)), None)
+            if model is not None and model != self.model:
+                self.reasons += ("home",) if model == self._plan.models[0] else ("fallback:breaker_open",)
+                self.model = model
         self.step = Admit(self.model, again=self._attempts > 0)
 
     def refused(self, refused: Refused, now: float) -> None:
@@ -197,6 +212,7 @@ class Call:
         assert self._state in ("SENDING", "RELAYING"), self
         self._failure = failure
         self._failed_here += 1
+        self._ambiguous += cause(failure) is Cause.AMBIGUOUS
         if self._committed:
             self._finish("cut", 200, failure)
         else:
@@ -226,6 +242,7 @@ class Call:
         decision = decide(
             failure,
             attempts_made=self._attempts,
+            ambiguous_made=self._ambiguous,
             now=now,
             deadline=self._plan.deadline,
             policy=self._policy,
@@ -242,7 +259,8 @@ class Call:
         if isinstance(decision, GiveUp) and not elsewhere:
             self.reasons += (f"give_up:{decision.reason}",)
             self._finish("failed", failure.status, failure)
-        elif not self._budget.withdraw():
+        elif not (elsewhere and self._probing) and not self._budget.withdraw():
+            # Who was the probe did all others a favour, and probes are few.
             self.reasons += ("give_up:retry_budget",)
             self._finish("failed", failure.status, failure)
         elif elsewhere and self._move_on(why.value, now):
@@ -265,7 +283,7 @@ class Call:
             case Cause.AMBIGUOUS:
                 # One more attempt at most, since each may be billed; a model that is slow will be slow again.
                 slow = failure.kind in ("timeout", "stall") or failure.status == 504
-                return self._attempts < 2 and (slow or not self._admits(self.model, now))
+                return self._ambiguous < AMBIGUOUS_MAX and (slow or not self._admits(self.model, now))
             case Cause.RATE_LIMIT:
                 return failure.retry_after_s is None and self._failed_here >= _FAILURES_BEFORE_FALLBACK
             case _:
@@ -297,6 +315,7 @@ class Call:
         decision = decide(
             failure,
             attempts_made=self._attempts,
+            ambiguous_made=self._ambiguous,
             now=now,
             deadline=self._plan.deadline,
             policy=self._policy,

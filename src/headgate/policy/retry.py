@@ -37,6 +37,10 @@ OUTAGE = frozenset({Cause.OVERLOADED, Cause.SERVER, Cause.AMBIGUOUS, Cause.CONNE
 """Causes that tell of a model that is down (an F in column B of failure-model §2.1); all others are neutral."""
 
 
+AMBIGUOUS_MAX = 2
+"""Attempts of a request that may have been billed for nothing: one retry, and no more (failure-model §2.1)."""
+
+
 class RetryPolicy(msgspec.Struct, frozen=True):
     """Limits of trying again (design §5.5)."""
 
@@ -87,9 +91,16 @@ def cause(failure: Failure) -> Cause:
 
 
 def decide(
-    failure: Failure, *, attempts_made: int, now: float, deadline: float, policy: RetryPolicy, jitter: float
+    failure: Failure,
+    *,
+    attempts_made: int,
+    ambiguous_made: int,
+    now: float,
+    deadline: float,
+    policy: RetryPolicy,
+    jitter: float,
 ) -> RetryAt | GiveUp:
-    """Whether to send once more after `attempts_made` (≥ 1) attempts.
+    """Whether to send once more after `attempts_made` (≥ 1) attempts, `ambiguous_made` of which may have been billed.
 
     `jitter` is one roll in [0, 1). A wait that could not end by `deadline` is refused now, not later.
     """
@@ -98,7 +109,7 @@ def decide(
         return GiveUp("x_should_retry_false")
     if why in (Cause.SPEND_CAP, Cause.CREDENTIAL, Cause.CALLER):
         return GiveUp(why.value)
-    if attempts_made >= policy.attempts_max or (why is Cause.AMBIGUOUS and attempts_made >= 2):
+    if attempts_made >= policy.attempts_max or ambiguous_made >= AMBIGUOUS_MAX:
         return GiveUp("attempts_exhausted")
     wait_s = _wait_s(why, failure, attempts_made, policy, jitter)
     if now + wait_s > deadline:
