@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from typing import Any
 
 import sqlalchemy as sa
@@ -37,6 +37,7 @@ from headgate.storage.interfaces import Limits
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
 from headgate.storage.limits import LocalLimits
+from headgate.storage.redis_limits import RedisLimits, RedisMissing
 from headgate.telemetry.log_writer import LogWriter
 from headgate.telemetry.metrics import CallMetrics
 from headgate.telemetry.shared_output import render_whole
@@ -122,7 +123,7 @@ class Gateway:
     async def serve(self, started: Callable[[Gateway], None] | None = None) -> None:
         """Start, tell `started`, serve until `stop` or a signal, drain, close."""
         settings = self._settings
-        with ExitStack() as stack:
+        async with AsyncExitStack() as stack:
             catalog = packaged()
             engine = open_database(settings.data_dir, now_ns=time.time_ns)
             stack.callback(engine.dispose)
@@ -150,7 +151,7 @@ class Gateway:
             stack.callback(writer.close)
             hop = secrets.token_hex(8).encode()
             now_in_force = policies(settings, catalog)
-            limits = self._limits()
+            limits = await self._limits(stack)
             traffic = Traffic(limits, now_in_force, clock=time.monotonic, jitter=random.random)
             pipeline = Pipeline(
                 settings,
@@ -205,8 +206,17 @@ class Gateway:
             operator.should_exit = True
             await tasks.join(timeout_s=5.0)
 
-    def _limits(self) -> Limits:
-        return LocalLimits(Limiter(), time.monotonic)
+    async def _limits(self, stack: AsyncExitStack) -> Limits:
+        """Of this process alone, or of all that share a Redis."""
+        if not self._settings.redis_url:
+            return LocalLimits(Limiter(), time.monotonic)
+        try:
+            limits = RedisLimits(self._settings.redis_url, clock=time.monotonic, replicas_expected=self._worker.count)
+        except RedisMissing as error:
+            raise SettingsError(str(error)) from None
+        await limits.start()
+        stack.push_async_callback(limits.close)
+        return limits
 
     def _reload(self, pipeline: Pipeline, catalog: Catalog) -> None:
         """SIGHUP: read the settings again. Calls go on under those they began with; what is wrong changes nothing."""

@@ -1,8 +1,8 @@
-"""Whom a request counts against: the person, and the key of an app. Pure: principals and attributions into subjects.
+"""Whom a request counts against: the person, and a key with numbers of its own. Pure: principals into subjects.
 
-One person with ten keys is one person, so a person's limits are found by name, whatever key is shown. A number that a
-key carries takes the place of its owner's tier; on a key of an app, which speaks for many people, it bounds them all
-together, beside the limits that each of them has by their own tier.
+One person with ten keys is one person: a person's limits are found by name, whatever key is shown. A key with numbers
+of its own is one more subject: it bounds what comes through it, and of an app's key, which speaks for many people, all
+of them together. A number above the tier's lifts the key's owner, once and not for each key: who gave it meant it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from headgate.policy.records import Principal
 
 
 def subjects_of(principal: Principal, whose: Attribution, tier: Tier, *, first: bool) -> tuple[Subject, ...]:
-    """The person comes first. A retry (`first` False) costs its person no request: it was not their doing."""
-    named = "app" in principal.scopes and whose.user != principal.user
-    if named:
-        rpm, otpm, concurrency = tier.rpm, tier.otpm, tier.concurrency
-    else:
-        rpm = tier.rpm if principal.rpm is None else principal.rpm
-        otpm = tier.otpm if principal.otpm is None else principal.otpm
-        concurrency = tier.concurrency if principal.concurrency is None else principal.concurrency
-    person = Subject(f"user:{whose.user}", rpm if first else None, otpm, concurrency, tier.burst_s)
-    if not named or (principal.rpm is None and principal.otpm is None and principal.concurrency is None):
-        return (person,)
-    key = Subject(
-        f"key:{principal.key_id}",
-        principal.rpm if first else None,
-        principal.otpm,
-        principal.concurrency,
+    """The person comes first. A retry (`first` False) costs nobody a request: it was not their doing."""
+    user = f"user:{whose.user}"
+    if principal.rpm is None and principal.otpm is None and principal.concurrency is None:
+        return (Subject(user, tier.rpm if first else None, tier.otpm, tier.concurrency, tier.burst_s),)
+    key = Subject(f"key:{principal.key_id}", principal.rpm if first else None, principal.otpm, principal.concurrency)
+    if "app" in principal.scopes and whose.user != principal.user:
+        return (Subject(user, tier.rpm if first else None, tier.otpm, tier.concurrency, tier.burst_s), key)
+    person = Subject(
+        user,
+        _lifted(tier.rpm, principal.rpm) if first else None,
+        _lifted(tier.otpm, principal.otpm),
+        _lifted(tier.concurrency, principal.concurrency),
+        tier.burst_s,
     )
     return (person, key)
+
+
+def _lifted(of_tier: int | None, of_key: int | None) -> int | None:
+    return of_tier if of_tier is None or of_key is None else max(of_tier, of_key)
 
 
 def counting_subject(principal: Principal, whose: Attribution, tier: Tier) -> tuple[Subject, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import structlog
@@ -17,11 +18,11 @@ import structlog
 from headgate.gateway import refusals
 from headgate.gateway.policies import Policies
 from headgate.policy.admission import no_turn
-from headgate.policy.breaker import AccountBreaker, Breakers, State, Transition
+from headgate.policy.breaker import STRAY, AccountBreaker, Breakers, State, Transition
 from headgate.policy.limiter import MINUTE_S, Ask, ClassLimits, Subject, Verdict, cost_s
 from headgate.policy.poison import PoisonTable
 from headgate.policy.records import Record, Refused
-from headgate.policy.request_queue import Entry, QueueTotals, RequestQueue
+from headgate.policy.request_queue import HELD, Entry, QueueTotals, RequestQueue
 from headgate.policy.slow_start import SlowStart
 from headgate.storage.interfaces import Limits
 from headgate.wire.headers import rate_limits
@@ -30,6 +31,7 @@ log = structlog.get_logger()
 
 TOLD_EVERY_S = 0.1
 ASKING_S = 0.005
+SLOT_ASKED_EVERY_S = 0.5
 LEASE_S = 60.0
 RENEW_EVERY_S = 15.0
 
@@ -72,6 +74,8 @@ class Turn(Record, frozen=True, gc=False):
     account_token: int
     probe: bool
     """It finds out whether its model is back."""
+    slots: bool
+    """It holds a slot of a subject that may make so many calls at once."""
 
 
 class Diverted(Record, frozen=True, gc=False):
@@ -90,7 +94,7 @@ Result = Turn | Refused | Diverted | Left
 class Waiting(Entry):
     """One want in the queue. `result` is None until there is one; then await is not needed."""
 
-    __slots__ = ("_future", "ask", "result", "want")
+    __slots__ = ("_future", "ask", "denied", "result", "want")
 
     def __init__(self, want: Want, now: float) -> None:
         rpm = want.subjects[0].rpm if want.subjects else None
@@ -116,6 +120,8 @@ class Waiting(Entry):
             output_tokens=want.output_tokens,
             lease_s=LEASE_S,
         )
+        self.denied = (now, "")
+        """Until when, and why, it was last told to wait; at its deadline that is why it had no turn."""
         self.result: Result | None = None
         self._future: asyncio.Future[Result] | None = None
 
@@ -169,8 +175,8 @@ class Traffic:
         self._totals = QueueTotals(policies.queue)
         self._clock = clock
         self._lanes: dict[str, _Lane] = {}
-        self._live: dict[str, str] = {}
-        """Turns that are out, and the class of each."""
+        self._live: set[str] = set()
+        """Turns that are out."""
         self._renewed_at = clock()
 
     # the path
@@ -179,6 +185,11 @@ class Traffic:
         """Ask for a turn. The result may be there already; else `await waiting.wait()`."""
         now = self._clock()
         waiting = Waiting(want, now)
+        retry_at = self.account.retry_at(now)
+        if retry_at is not None:
+            # It began before the money ran out, and comes back from a pause or from another model.
+            waiting.finish(refusals.spend_cap(self.account.code, retry_at - now))
+            return waiting
         lane = self._lane(want.class_id, want.limits)
         queue = lane.queue
         if not len(queue) and not lane.slow_start.active(now) and self.breakers.admits(want.model, now):
@@ -219,8 +230,15 @@ class Traffic:
 
     def ended(self, turn: Turn, *, input_tokens: int, output_tokens: int) -> None:
         """The attempt is over and took this much."""
-        self._live.pop(turn.ask_id, None)
+        self._live.discard(turn.ask_id)
         self.limits.settle(turn.ask_id, input_tokens=input_tokens, output_tokens=output_tokens)
+        if turn.slots:
+            # The slot is of no class: whoever waited for it may wait anywhere.
+            for lane in self._lanes.values():
+                for user in {entry.user for entry in lane.queue}:
+                    lane.queue.freed(user)
+                if lane.class_id != turn.class_id and len(lane.queue):
+                    self._pump(lane)
         self._room(turn.class_id)
 
     def succeeded(self, turn: Turn) -> None:
@@ -307,7 +325,7 @@ class Traffic:
             waiting.finish(no_turn(refusal, lane.queue.expected_wait_s(waiting, now), want.subjects))
             return
         if verdict is not None:
-            lane.queue.denied(waiting, verdict, now)
+            self._denied(lane, waiting, verdict, now)
         self._pump(lane)
         if waiting.result is None:
             expected_s, why = lane.queue.expected(waiting, now)
@@ -322,12 +340,15 @@ class Traffic:
         for expired in queue.expired(now):
             assert isinstance(expired, Waiting)
             expected_s, why = queue.expected(expired, now)
+            until, last = expired.denied
+            if last and until - now > expected_s:
+                expected_s, why = until - now, last
             expired.finish(no_turn(why, expected_s, expired.want.subjects))
         while (entry := queue.next(now)) is not None:
             assert isinstance(entry, Waiting)
             model = entry.want.model
             if not self.breakers.admits(model, now):
-                queue.hold(entry, self.breakers.retry_at(model, now), now)
+                self._hold(lane, entry, now)
                 continue
             slow_s = lane.slow_start.wait_s(now)
             if slow_s <= 0 and self.limits.shared and lane.slow_start.active(now) and lane.asking:
@@ -348,11 +369,11 @@ class Traffic:
         if entry.result is not None:
             self._give_back(entry, verdict)
         elif not verdict.admitted:
-            lane.queue.denied(entry, verdict, now)
+            self._denied(lane, entry, verdict, now)
         elif not self.breakers.admits(entry.want.model, now):
             # It opened, or another one became its probe, while the answer was on its way.
             self._give_back(entry, verdict)
-            lane.queue.hold(entry, self.breakers.retry_at(entry.want.model, now), now)
+            self._hold(lane, entry, now)
         elif lane.queue.admitted(entry, now, verdict.pace):
             self._give(lane, entry, now)
         else:
@@ -360,10 +381,28 @@ class Traffic:
         if self.limits.shared:
             self._pump(lane)
 
+    def _denied(self, lane: _Lane, entry: Waiting, verdict: Verdict, now: float) -> None:
+        if self.limits.shared and math.isinf(verdict.wait_s):
+            # A slot that another process frees is not heard of here.
+            verdict = Verdict(False, SLOT_ASKED_EVERY_S, verdict.reason, verdict.pace)
+        entry.denied = (now + verdict.wait_s, verdict.reason)
+        lane.queue.denied(entry, verdict, now)
+
+    def _hold(self, lane: _Lane, entry: Waiting, now: float) -> None:
+        until = self.breakers.retry_at(entry.want.model, now)
+        entry.denied = (now if until is None else until, HELD)
+        lane.queue.hold(entry, until, now)
+
     def _give(self, lane: _Lane, waiting: Waiting, now: float) -> None:
         want = waiting.want
+        account_token = self.account.started(now)
+        if account_token == STRAY:
+            # Somebody before it in the queue became the probe of an account without money.
+            self.limits.settle(want.ask_id, input_tokens=0, output_tokens=0)
+            waiting.finish(refusals.spend_cap(self.account.code, (self.account.retry_at(now) or now) - now))
+            return
         lane.slow_start.admitted(now)
-        self._live[want.ask_id] = want.class_id
+        self._live.add(want.ask_id)
         waiting.finish(
             Turn(
                 want.ask_id,
@@ -371,8 +410,9 @@ class Traffic:
                 want.class_id,
                 want.limits,
                 self.breakers.started(want.model, now),
-                self.account.started(now),
+                account_token,
                 probe=self.breakers.state(want.model) is not State.CLOSED,
+                slots=any(subject.concurrency is not None for subject in want.subjects),
             )
         )
 

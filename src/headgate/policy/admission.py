@@ -68,7 +68,7 @@ def no_turn(reason: str, wait_s: float, subjects: Sequence[Subject]) -> Refused:
             "You have too many requests waiting already. Wait for one of them to be answered.",
             retry_after_s=retry_after_s,
         )
-    code = {"queue_full": "queue_full", "queue_bytes": "queue_full", "breaker_open": "upstream_unavailable"}
+    code = {"queue_full": "queue_full", "queue_bytes": "queue_full", "held": "upstream_unavailable"}
     return Refused(
         529,
         "overloaded_error",
