@@ -35,6 +35,7 @@ from headgate.policy.fallback import Unfit, rewrite
 from headgate.policy.forecast import NO_FORECAST, Forecaster, prefixes, uncached
 from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
 from headgate.policy.retry import OUTAGE, Cause, RetryBudget, cause
+from headgate.policy.stickiness import Stickiness
 from headgate.policy.token_estimate import Script, script
 from headgate.storage.interfaces import Ledger, LedgerUnavailable
 from headgate.telemetry.log_line import LogLine
@@ -113,6 +114,7 @@ class Pipeline:
         """The header lines that every request to Anthropic begins with, the key among them."""
         self.retry_budget = RetryBudget()
         self.forecaster = Forecaster()
+        self.stickiness = Stickiness()
         self.timestamps = Timestamps()
         self.live: dict[str, MessageCall] = {}
         self.in_background = 0
@@ -168,6 +170,7 @@ class MessageCall:
         "_request",
         "_scanned",
         "_settlement",
+        "_sticky",
         "_tier",
         "_turn",
         "_wait",
@@ -201,6 +204,8 @@ class MessageCall:
         self._waiting: Waiting | None = None
         self._turn: Turn | None = None
         self._queued_s = 0.0
+        self._sticky = ""
+        """The fallback that the conversation went on with."""
         self._call: Call | None = None
         self._client: ClientStream | None = None
         self._connection: UpstreamConnection | None = None
@@ -299,7 +304,9 @@ class MessageCall:
 
     async def _drive(self, plan: Plan) -> None:
         """Do what the call says until it says it is finished."""
-        pipeline = self._pipeline
+        pipeline, whose = self._pipeline, self._whose
+        if whose.conversation and len(pipeline.stickiness):
+            self._sticky = pipeline.stickiness.model_of(whose.user, whose.conversation, pipeline.clock())
         call = self._call = Call(
             plan,
             policy=self._policies.retry,
@@ -307,6 +314,7 @@ class MessageCall:
             jitter=pipeline.jitter,
             admits=pipeline.traffic.breakers.admits,
             now=pipeline.clock(),
+            sticky=self._sticky,
         )
         if plan.streamed:
             self._client = ClientStream(
@@ -366,8 +374,9 @@ class MessageCall:
                 waiting_max=self._tier.waiting_max,
                 background=self._tier.background,
                 again=step.again,
+                since=request.received_at,
                 divertible=len(plan.models) > 1,
-                better=() if step.again else plan.models[: plan.models.index(model)],
+                better=() if step.again or self._sticky else plan.models[: plan.models.index(model)],
                 bytes=len(request.body),
                 call_id=request.call_id,
                 key_id=self._principal.key_id,
@@ -405,6 +414,7 @@ class MessageCall:
             catalog=self._pipeline.catalog,
             input_tokens=plan.input_tokens_estimate,
             at_ns=self._request.received_at_ns,
+            continued=model == self._sticky,
         )
 
     async def _send(self, call: Call, plan: Plan, attempt: Attempt) -> None:
@@ -718,7 +728,10 @@ class MessageCall:
 
     def _answered(self, model: str, usage: Usage) -> None:
         """The model gave a whole answer."""
-        self._pipeline.forecaster.ended(model, usage.output_tokens)
+        pipeline, plan, whose = self._pipeline, self._plan, self._whose
+        pipeline.forecaster.ended(model, usage.output_tokens)
+        if whose.conversation and plan is not None and model != plan.models[0]:
+            pipeline.stickiness.served(whose.user, whose.conversation, model, pipeline.clock())
         self._pipeline.traffic.succeeded(self._its_turn())
         self._end_turn(uncached(usage), usage.output_tokens)
         if len(self._pipeline.traffic.poison):
@@ -749,17 +762,22 @@ class MessageCall:
         return blake2b(self._request.body, digest_size=16, key=self._pipeline.fingerprint_key).digest()
 
     def _limit_lines(self) -> bytes:
-        """The caller's own limit, where Anthropic's headers told of ours."""
+        """The caller's own limit, the one that is nearest, where Anthropic's headers told of ours."""
         pipeline = self._pipeline
-        person = subjects_of(self._principal, self._whose, self._tier, first=True)[0]
-        level = pipeline.traffic.limits.subject_level(person)
-        if level is None or person.rpm is None:
+        limits = pipeline.traffic.limits
+        nearest: tuple[float, float, float] | None = None
+        for subject in subjects_of(self._principal, self._whose, self._tier, first=True):
+            level = limits.subject_level(subject)
+            if level is not None and subject.rpm is not None and (nearest is None or level < nearest[0]):
+                nearest = (level, subject.rpm, subject.burst_s)
+        if nearest is None:
             return b""
-        full_in_s = max(person.rpm / 60 * person.burst_s - level, 0.0) * 60 / person.rpm
+        level, rpm, burst_s = nearest
+        full_in_s = max(rpm / 60 * burst_s - level, 0.0) * 60 / rpm
         return (
             b"anthropic-ratelimit-requests-limit: %d\r\nanthropic-ratelimit-requests-remaining: %d\r\n"
             b"anthropic-ratelimit-requests-reset: %b\r\n"
-            % (person.rpm, max(level, 0), _reset_text(math.ceil(pipeline.now_ns() / 1e9 + full_in_s)))
+            % (rpm, max(level, 0), _reset_text(math.ceil(pipeline.now_ns() / 1e9 + full_in_s)))
         )
 
     def _queue_ms(self) -> int:

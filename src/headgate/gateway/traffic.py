@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
 import structlog
 
 from headgate.gateway import refusals
@@ -53,6 +54,8 @@ class Want(Record, frozen=True, gc=False):
     background: bool = False
     again: bool = False
     """A retry goes to the head of its person's line."""
+    since: float = 0.0
+    """When the request came, monotonic seconds: it keeps its place where it goes elsewhere."""
     divertible: bool = False
     """There is another model to go to, should this one's breaker open."""
     better: tuple[str, ...] = ()
@@ -97,7 +100,8 @@ class Waiting(Entry):
     __slots__ = ("_future", "ask", "denied", "result", "want")
 
     def __init__(self, want: Want, now: float) -> None:
-        rpm = want.subjects[0].rpm if want.subjects else None
+        # The tightest of them tells when the next of this line can follow.
+        rpm = min((one.rpm for one in want.subjects if one.rpm), default=None)
         super().__init__(
             want.user,
             cost_s=cost_s(want.limits, want.input_tokens, want.output_tokens),
@@ -273,6 +277,10 @@ class Traffic:
         self.account.probe_s = policies.spend_cap_probe_s
         self.poison.failures = policies.poison_failures
         self._totals.bounds = policies.queue
+        for lane in self._lanes.values():
+            lane.limits = policies.class_limits(lane.class_id)
+            lane.queue.unblock()
+            self._pump(lane)
 
     def tick(self, now: float) -> None:
         """Heartbeats of the store, leases of what is under way, outages that end by time."""
@@ -329,6 +337,16 @@ class Traffic:
         self._pump(lane)
         if waiting.result is None:
             expected_s, why = lane.queue.expected(waiting, now)
+            if waiting.denied[1] == HELD:
+                # Behind everybody else who waits for the outage to end; and beyond a bound they would be its echo.
+                ahead = len(lane.queue) - 1
+                expected_s = max(expected_s, waiting.denied[0] - now) + lane.slow_start.drained_in_s(ahead)
+                why = HELD
+                if ahead >= lane.slow_start.backlog_max() and not want.again:
+                    expected_s = max(expected_s, want.deadline - now)
+                    lane.queue.leave(waiting)
+                    waiting.finish(no_turn(why, expected_s, want.subjects))
+                    return
             if now + expected_s > want.deadline:
                 lane.queue.leave(waiting)
                 waiting.finish(no_turn(why, expected_s, want.subjects))
@@ -357,6 +375,8 @@ class Traffic:
             if slow_s > 0:
                 queue.denied(entry, Verdict(False, slow_s, "slow_start"), now)
                 continue
+            if entry.ask.limits is not lane.limits:
+                entry.ask = msgspec.structs.replace(entry.ask, limits=lane.limits)
             lane.asking += 1
             self.limits.admit(entry.ask, functools.partial(self._answered, lane, entry))
         if not len(queue):
@@ -439,8 +459,8 @@ class Traffic:
             lane.slow_start.outage_began(now)
             # What failed together failed for a reason of its own.
             self.poison.clear()
-            for entry in list(lane.queue):
-                if isinstance(entry, Waiting) and entry.want.model == model and entry.want.divertible:
+            for entry in _by_arrival(lane.queue):
+                if entry.want.model == model and entry.want.divertible:
                     lane.queue.leave(entry)
                     entry.finish(_DIVERTED)
         elif after is State.CLOSED:
@@ -452,8 +472,8 @@ class Traffic:
     def _call_home(self, model: str) -> None:
         """Who waits for a fallback would now be served sooner, and better, by the model that they asked for."""
         for lane in self._lanes.values():
-            for entry in list(lane.queue):
-                if isinstance(entry, Waiting) and model in entry.want.better:
+            for entry in _by_arrival(lane.queue):
+                if model in entry.want.better:
                     lane.queue.leave(entry)
                     entry.finish(_DIVERTED)
 
@@ -471,3 +491,8 @@ class Traffic:
     def _alarm(self, lane: _Lane) -> None:
         lane.timer = None
         self._pump(lane)
+
+
+def _by_arrival(queue: RequestQueue) -> list[Waiting]:
+    """Whoever goes elsewhere goes in the order in which they came."""
+    return sorted((one for one in queue if isinstance(one, Waiting)), key=lambda one: one.want.since)
