@@ -323,6 +323,46 @@ def test_a_fallback_that_is_full_is_no_fallback():
     assert said == ["turn for haiku", "turn for sonnet", "refused 529 after 0 queue_deadline"]
 
 
+def test_a_conversation_goes_on_with_the_fallback_it_went_to():
+    plan = Plan(models=TWO, body=b"{}", streamed=True, input_tokens_estimate=1, max_tokens=1, deadline=20.0)
+    machine = Call(plan, policy=RetryPolicy(), budget=RetryBudget(), jitter=lambda: 0.5, sticky="haiku")
+    assert transcript(machine) == ["send 1 haiku"]
+    assert machine.fallback_reason == "sticky"
+
+
+def test_who_waits_for_a_fallback_goes_home_when_its_model_is_back():
+    shut = {"sonnet"}
+    machine = call(models=TWO, shut=shut)
+    assert words(machine.step) == "turn for haiku"
+    shut.clear()
+    assert slowly(machine, ("diverted", 1.0))[-1] == "turn for sonnet"
+    assert machine.fallback_reason == ""
+
+
+def test_a_second_ambiguous_failure_is_the_last_and_a_first_one_is_not():
+    assert transcript(call(), ("failed", OVERLOADED, 1.0), ("woke",), ("failed", RESET, 2.0))[-1].startswith("sleep")
+    assert transcript(call(), ("failed", RESET, 1.0), ("woke",), ("failed", RESET, 2.0))[-1].startswith("failed")
+
+
+def test_a_probe_that_fails_goes_to_the_fallback_whatever_the_budget_holds():
+    shut = set()
+    machine = call(models=TWO, budget=RetryBudget(capacity=0.0), shut=shut)
+    machine.admitted(probe=True)
+    shut.add("sonnet")
+    machine.failed(OVERLOADED, 1.0)
+    assert words(machine.step) == "turn for haiku again"
+
+
+def test_a_request_pays_into_the_budget_when_it_is_sent_and_not_when_it_waits():
+    budget = RetryBudget(capacity=1.0)
+    assert budget.withdraw()
+    waiting = [call(budget=budget) for _ in range(10)]
+    assert budget.snapshot() == 0.0
+    for machine in waiting[:5]:
+        machine.admitted()
+    assert budget.snapshot() == pytest.approx(1.0)
+
+
 def test_a_slow_model_is_not_asked_twice():
     assert transcript(call(models=TWO), ("failed", TIMEOUT, 1.0))[-1] == "send 2 haiku"
     assert transcript(call(models=TWO), ("failed", TIMEOUT, 1.0), ("failed", TIMEOUT, 2.0))[-1].startswith("failed 0")

@@ -123,6 +123,14 @@ def test_a_retry_goes_before_what_its_person_has():
     assert [name for name in order if name[0] == "a"] == ["a0", "a1", "a2"]
 
 
+def test_a_retry_is_due_at_once_and_costs_its_person_nothing():
+    queue = queue_of(*named("a1", "a2"), *named(*(f"b{number}" for number in range(1, 7)), cost_s=0.3))
+    for _ in range(3):
+        assert queue.admitted(queue.next(0.0), 0.0)
+    queue.join(Named("a0", head=True), 0.0)
+    assert all_admitted(queue).startswith("a0 a1 b4")
+
+
 def test_a_retry_that_comes_while_its_person_asks_is_next():
     queue = queue_of(*named("a1", "a2"))
     asking = queue.next(0.0)

@@ -154,7 +154,7 @@ def poison_prompt(refused_for_s: float) -> Refused:
         502,
         "api_error",
         "poison_prompt",
-        "This request has failed three times without an answer; it is not sent again for some minutes.",
+        "This request has failed again and again without an answer; it is not sent again for some minutes.",
         retry_after_s=refused_for_s,
         retryable=False,
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from headgate.policy.limiter import MINUTE_S, Subject
 from headgate.policy.records import Admitted, Principal, Refused, Scope
+from headgate.policy.request_queue import HELD
 
 _WHOSE = {"user": "You have", "key": "This key has", "count": "You have"}
 _WHAT = {
@@ -68,7 +69,7 @@ def no_turn(reason: str, wait_s: float, subjects: Sequence[Subject]) -> Refused:
             "You have too many requests waiting already. Wait for one of them to be answered.",
             retry_after_s=retry_after_s,
         )
-    code = {"queue_full": "queue_full", "queue_bytes": "queue_full", "held": "upstream_unavailable"}
+    code = {"queue_full": "queue_full", "queue_bytes": "queue_full", HELD: "upstream_unavailable"}
     return Refused(
         529,
         "overloaded_error",

@@ -99,8 +99,12 @@ class Call:
         jitter: Callable[[], float],
         admits: Callable[[str, float], bool] = _always,
         now: float = 0.0,
+        sticky: str = "",
     ) -> None:
-        """`admits(model, now)` tells whether the breaker of a model lets an attempt start."""
+        """`admits(model, now)` tells whether the breaker of a model lets an attempt start.
+
+        `sticky` is the fallback that the conversation went on with, empty for none.
+        """
         self._plan = plan
         self._policy = policy
         self._budget = budget
@@ -122,6 +126,10 @@ class Call:
         """The model of the attempt that is made, waited for, or was made last."""
         self.reasons: tuple[str, ...] = plan.reasons
         """Why each decision fell as it did, in order; for the log."""
+        if sticky in self._models[1:]:
+            self.reasons += ("fallback:sticky",)
+            self._models = (sticky, *(model for model in self._models if model != sticky))
+            self.model = sticky
         if len(self._models) > 1 and not admits(self.model, now):
             self._move_on("breaker_open", now)
         self.step: Step = Admit(self.model, again=False)

@@ -125,7 +125,8 @@ class Entry:
         self.head = head
         self.waiting_max = waiting_max
         self.gap_s = gap_s
-        self._rounds = cost_s / weight
+        self._rounds = 0.0 if head else cost_s / weight
+        """A retry is due at once, and costs its person no savings: it has had its turn, and paid for it."""
         self._queue: RequestQueue | None = None
         """Where it waits."""
         self._line: _Line | None = None

@@ -32,6 +32,8 @@ HOLD_RATIO = 1.4
 """Of the demand. The bar is 1.5 in any second; the rest is for the error of what was learned and for `CREDIT_S`."""
 RAMP_DOUBLES_S = 0.7
 """2.0 s from the first pace to the last: two or three answers' time. What is lost in it lengthens the backlog."""
+BACKLOG_S = 6.0
+"""Seconds of the demand that may wait for the end of an outage: at 1.4 times the demand it is gone in 15 s."""
 HOLD_S = 45.0
 """Since the release began. A full queue of 10 s of demand is drained in 28 s: who still waits now shows more demand
 than there was before the outage, and the pace grows with it."""
@@ -100,6 +102,19 @@ class SlowStart:
         if self._watched_s < KNOWN_AFTER_S:
             return None
         return self._counted / (SMOOTHED_OVER_S * -math.expm1(-self._watched_s / SMOOTHED_OVER_S))
+
+    def drained_in_s(self, waiting: int) -> float:
+        """How long the last of so many will wait once the outage is over; 0.0 while the demand is not known."""
+        demand = self.demand_per_s
+        return 0.0 if demand is None else waiting / (HOLD_RATIO * max(demand, FLOOR_PER_S))
+
+    def backlog_max(self) -> float:
+        """How many may wait for the end of an outage, so that all is as before within 20 s of it.
+
+        While they drain new requests keep coming: only what the pace is above the demand takes from the backlog.
+        """
+        demand = self.demand_per_s
+        return math.inf if demand is None else BACKLOG_S * max(demand, FLOOR_PER_S)
 
     def admitted(self, now: float) -> None:
         """A request goes to the upstream. Tell of every one, a retry too."""
