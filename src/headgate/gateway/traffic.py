@@ -476,6 +476,7 @@ class Traffic:
                 if model in entry.want.better:
                     lane.queue.leave(entry)
                     entry.finish(_DIVERTED)
+            self._pump(lane)
 
     def _arm(self, lane: _Lane, at: float | None) -> None:
         if lane.timer is not None:
