@@ -49,6 +49,8 @@ def waits(failure: Failure, *, attempts_made=1) -> tuple[float, float]:
         (status(429, error_code="ramp_limit_exceeded"), Cause.RATE_LIMIT),
         *((status(429, error_code=code), Cause.SPEND_CAP) for code in sorted(SPEND_CAP_CODES)),
         (status(402), Cause.SPEND_CAP),
+        (status(400, message="You have reached your specified API usage limits."), Cause.SPEND_CAP),
+        (status(400, message="You have reached the end."), Cause.CALLER),
         (status(529), Cause.OVERLOADED),
         (status(500), Cause.SERVER),
         (status(502), Cause.SERVER),

@@ -267,8 +267,8 @@ class Call:
         if isinstance(decision, GiveUp) and not elsewhere:
             self.reasons += (f"give_up:{decision.reason}",)
             self._finish("failed", failure.status, failure)
-        elif not (elsewhere and self._probing) and not self._budget.withdraw():
-            # Who was the probe did all others a favour, and probes are few.
+        elif not self._budget.withdraw(owing=elsewhere and self._probing):
+            # Who was the probe did all others a favour, and goes on whatever is left; probes are few.
             self.reasons += ("give_up:retry_budget",)
             self._finish("failed", failure.status, failure)
         elif elsewhere and self._move_on(why.value, now):

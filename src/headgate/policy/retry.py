@@ -10,7 +10,7 @@ import enum
 import msgspec
 
 from headgate.policy.records import Failure
-from headgate.wire.errors import SPEND_CAP_CODES, STATUS_BY_TYPE
+from headgate.wire.errors import SPEND_CAP_CODES, SPEND_CAP_MESSAGE, STATUS_BY_TYPE
 
 
 class Cause(enum.Enum):
@@ -74,6 +74,8 @@ def cause(failure: Failure) -> Cause:
         case "status" | "stream_error":
             status = failure.status if failure.kind == "status" else STATUS_BY_TYPE.get(failure.error_type, 500)
     if failure.error_code in SPEND_CAP_CODES or status == 402:
+        return Cause.SPEND_CAP
+    if status == 400 and failure.message.startswith(SPEND_CAP_MESSAGE):
         return Cause.SPEND_CAP
     match status:
         case 429:
@@ -150,9 +152,9 @@ class RetryBudget:
         """A client's request came in."""
         self._level = min(self._level + self._ratio, self._capacity)
 
-    def withdraw(self) -> bool:
-        """Whether a retry may be made; takes it from the budget if so."""
-        if self._level < 1:
+    def withdraw(self, *, owing: bool = False) -> bool:
+        """Whether a retry may be made; takes it from the budget if so. `owing`: made in any case, paid for later."""
+        if self._level < 1 and not owing:
             return False
         self._level -= 1
         return True

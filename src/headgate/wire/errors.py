@@ -42,6 +42,9 @@ SPEND_CAP_CODES = frozenset({"enforced_spend_limit_reached", "contract_spend_lim
 """429s that last until a limit is raised or a month ends: never retried (claude-api §5)."""
 
 
+SPEND_CAP_MESSAGE = "You have reached your specified"
+"""A limit that the organization set for itself: a 400 without a code, so only its text tells (claude-api §5)."""
+
 RAMP_CODE = "ramp_limit_exceeded"
 """A 429 for growing too fast, whatever the limits (claude-api §6.1)."""
 
