@@ -640,7 +640,7 @@ class World:
                 (0.2, self._finale(connection, end + STOP)),
             ]
         script = [(first_byte_s, head), (0.01, sent(start, 1, began=True))]
-        if dice.random() < 0.1:
+        if dice.random() < 0.1 and "first_byte_s" not in request:
             script.append((dice.uniform(0.5, 40.0), sent(sse.PING)))
         if dice.random() < 0.2:
             script.append((dice.uniform(0.05, 1.8), sent(_frame("content_block_start", index=0))))
@@ -755,15 +755,15 @@ class World:
 
         Where nobody waits for a turn that is when attempts are made. Where there is a queue a retry is made later,
         beside those whose requests came long before the last minute, and none of the two is to blame for that. A retry
-        is free where it goes elsewhere after a probe: the breaker bounds those.
+        is free after a probe: the breaker bounds those.
         """
         let_go = sorted(one.first_sent_at for one in self.exchanges.values() if one.first_sent_at is not None)
         failed: list[float] = []
-        for (call_id, number), books in self.books.items():
+        for call_id, number in self.books:
             if number > 1:
                 before = self.books[call_id, number - 1]
                 self.laws.hold(before.ended_at is not None, "an attempt ends before the next begins", call_id)
-                if not (before.is_probe and before.model != books.model):
+                if not before.is_probe:
                     failed.append(before.ended_at or 0.0)
         # A purse that every request puts a fifth into and every retry takes one out of: what it allows in any window is
         # 0.2 x requests + 10 retries, which with the first attempts are 1.2 x requests + 10 attempts.
