@@ -33,6 +33,7 @@ from headgate.policy.call import Admit, Call, Finish, Send, Sleep, failure_code
 from headgate.policy.call import Relay as RelayStep
 from headgate.policy.fallback import Unfit, rewrite
 from headgate.policy.forecast import NO_FORECAST, Forecaster, prefixes, uncached
+from headgate.policy.limiter import Subject
 from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
 from headgate.policy.retry import OUTAGE, Cause, RetryBudget, cause
 from headgate.policy.stickiness import Stickiness
@@ -171,6 +172,7 @@ class MessageCall:
         "_scanned",
         "_settlement",
         "_sticky",
+        "_subjects",
         "_tier",
         "_turn",
         "_wait",
@@ -204,6 +206,8 @@ class MessageCall:
         self._waiting: Waiting | None = None
         self._turn: Turn | None = None
         self._queued_s = 0.0
+        self._subjects: tuple[Subject, ...] = ()
+        """Whom it counts against."""
         self._sticky = ""
         """The fallback that the conversation went on with."""
         self._call: Call | None = None
@@ -284,6 +288,7 @@ class MessageCall:
             self._refuse(refused)
             return None
         self._prompt = (script(scanned), prefixes(scanned))
+        self._subjects = subjects_of(self._principal, whose, self._tier, first=True)
         return plan
 
     def _refusal(self, plan: Plan) -> Refused | None:
@@ -365,7 +370,7 @@ class MessageCall:
                 model=model,
                 class_id=class_id,
                 limits=self._policies.class_limits(class_id),
-                subjects=subjects_of(self._principal, self._whose, self._tier, first=not step.again),
+                subjects=self._subjects if not step.again else self._subjects_of_retry(),
                 input_tokens=forecast.input_tokens,
                 output_tokens=forecast.output_tokens,
                 deadline=plan.deadline,
@@ -761,12 +766,15 @@ class MessageCall:
     def _fingerprint(self) -> bytes:
         return blake2b(self._request.body, digest_size=16, key=self._pipeline.fingerprint_key).digest()
 
+    def _subjects_of_retry(self) -> tuple[Subject, ...]:
+        return subjects_of(self._principal, self._whose, self._tier, first=False)
+
     def _limit_lines(self) -> bytes:
         """The caller's own limit, the one that is nearest, where Anthropic's headers told of ours."""
         pipeline = self._pipeline
         limits = pipeline.traffic.limits
         nearest: tuple[float, float, float] | None = None
-        for subject in subjects_of(self._principal, self._whose, self._tier, first=True):
+        for subject in self._subjects:
             level = limits.subject_level(subject)
             if level is not None and subject.rpm is not None and (nearest is None or level < nearest[0]):
                 nearest = (level, subject.rpm, subject.burst_s)

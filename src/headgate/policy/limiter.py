@@ -478,6 +478,8 @@ class Limiter:
             if state is None:
                 continue
             _refill_subject(state, subject, now)
+            if subject.concurrency is None and state.requests >= 1.0 and state.output >= 1.0:
+                continue  # the usual answer, and the cheap one
             for what, wait in _subject_waits(state, subject, now):
                 if wait > 0 and (worst is None or wait > worst.wait_s):
                     worst = Verdict(False, wait, f"{subject.id.partition(':')[0]}_{what}")
