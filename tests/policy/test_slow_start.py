@@ -295,3 +295,16 @@ def test_a_clock_that_jumps_as_it_likes_does_no_harm(steps):
         assert it.demand_per_s is None or 0.0 <= it.demand_per_s < 100
     it.outage_ended(now)
     assert not it.active(now + RELEASE_S_MAX)
+
+
+def test_the_last_of_a_line_waits_for_as_many_as_stand_before_it():
+    it = SlowStart(0.0)
+    for number in range(600):
+        it.admitted(number / 10)
+    it.outage_began(60.0)
+    it.outage_ended(70.0)
+    first, tenth, hundredth = (it.wait_s(70.0, count) for count in (1, 10, 100))
+    assert first == 0.0
+    assert 0.0 < tenth < hundredth
+    # Ten a second are usual; at 1.4 times as many a hundred take some seven seconds, after a slow beginning.
+    assert 7.0 < hundredth < 10.0

@@ -337,6 +337,10 @@ class Traffic:
         self._pump(lane)
         if waiting.result is None:
             expected_s, why = lane.queue.expected(waiting, now)
+            if lane.slow_start.active(now):
+                release_s = lane.slow_start.wait_s(now, lane.queue.position(waiting))
+                if release_s > expected_s:
+                    expected_s, why = release_s, "slow_start"
             if waiting.denied[1] == HELD:
                 # Behind everybody else who waits for the outage to end; and beyond a bound they would be its echo.
                 ahead = len(lane.queue) - 1

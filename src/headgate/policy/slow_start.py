@@ -160,12 +160,12 @@ class SlowStart:
             return False
         return True
 
-    def wait_s(self, now: float) -> float:
-        """Seconds until the next may go, 0.0 when it may now."""
+    def wait_s(self, now: float, count: int = 1) -> float:
+        """Seconds until so many may go, 0.0 when they may now: the next one, or the last of a line."""
         if not self.active(now):
             return 0.0
         self._refill(now)
-        short = 1.0 - self._allowance
+        short = count - self._allowance
         if short <= _SLACK:
             return 0.0
         since_s = now - self._released_at
