@@ -191,10 +191,10 @@ def test_without_a_fallback_requests_wait_for_the_model_and_are_answered(stack: 
 
     async def main() -> list[Reply]:
         async with crowd() as sent:
-            tasks = [sent(desk.ask(f"waiter-{number}")) for number in range(5)]
-            await soon(lambda: len(desk.waiting()) >= 4, what="four to wait")
+            tasks = [sent(desk.ask(f"waiter-{number}")) for number in range(3)]
+            await soon(lambda: len(desk.waiting()) >= 2, what="two to wait")
             await soon(lambda: over(simulator) or True, what="the end")
-            return await so_many(tasks, 5)
+            return await so_many(tasks, 3)
 
     replies = run(main())
     assert {who(one)[:2] for one in replies} == {(200, SONNET)}
@@ -228,14 +228,7 @@ def test_one_poisonous_request_is_refused_and_opens_nothing(stack: Stack, upstre
     assert who(run(desk.ask("bystander", body_of(upstream.plan(WHOLE), stream=False)))) == (200, SONNET, "1", "")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "429-spend",
-        "402",
-        pytest.param("400-spend", marks=pytest.mark.xfail(reason="the 400 is not known as a spend cap", strict=True)),
-    ],
-)
+@pytest.mark.parametrize("kind", ["429-spend", "402", "400-spend"])
 def test_money_that_has_run_out_is_asked_for_once_and_resumed_by_the_operator(
     spending: tuple[Desk, Simulator], kind: str
 ) -> None:
@@ -289,11 +282,11 @@ def test_the_fallbacks_own_limits_hold(stack: Stack) -> None:
     run(together(*(desk.ask(f"opener-{number}") for number in range(2))))
     assert breaker(desk)["state"] == "open"
     before = len(of_model(simulator, HAIKU))
-    replies = run(together(*(desk.ask(f"person-{number}") for number in range(10))))
+    replies = run(together(*(desk.ask(f"person-{number}") for number in range(8))))
     assert {who(one)[:2] for one in replies} == {(200, HAIKU)}
     times = sorted(one["received_s"] for one in of_model(simulator, HAIKU)[before:])
     # Four a second with a burst of four, of which the openers took two.
-    assert times[-1] - times[0] > 1.2
+    assert times[-1] - times[0] > 0.8
 
 
 def test_no_request_makes_more_than_three_attempts_whatever_fails(stack: Stack) -> None:
