@@ -26,6 +26,7 @@ from tests.system.scripted import (
 
 PEOPLE = {"TIERS__FREE__RPM": "100000", "TIERS__FREE__WAITING_MAX": "1000", "ROUTING__FALLBACK": ""}
 VIETNAMESE = "Chúng tôi muốn biết vì sao những dòng sông ở miền Trung lại ngắn và dốc như vậy. " * 60
+LONG_WORDS = "internationalization " * 900
 
 
 @pytest.fixture(scope="module")
@@ -124,30 +125,34 @@ def test_estimates_are_drawn_to_what_anthropic_says(stack: Stack) -> None:
         await soon(lambda: not simulator.streams()["count"], what="its end")
         return taken
 
-    run(desk.ask("an"))
-    first = run(while_it_is_under_way(VIETNAMESE))
-    assert run(desk.ask("an", asking(VIETNAMESE))).status == 200
-    used = simulator.requests()[-1]["usage"]["input_tokens"]
-    again = run(while_it_is_under_way(VIETNAMESE))
+    run(desk.ask("an", asking("漢字")))
+    vietnamese, first = run(while_it_is_under_way(VIETNAMESE)), run(while_it_is_under_way(LONG_WORDS))
+    again = run(while_it_is_under_way(LONG_WORDS))
+    used = [one["usage"]["input_tokens"] for one in simulator.requests()[-3:]]
     # The first is a guess by script; then what was seen is believed.
-    assert first == pytest.approx(used, rel=0.5)
-    assert again == pytest.approx(used, rel=0.1)
+    assert vietnamese == pytest.approx(used[0], rel=0.5)
+    assert first == pytest.approx(used[1], rel=0.5)
+    assert abs(first - used[1]) > 0.15 * used[1], "a guess that was right shows nothing"
+    assert again == pytest.approx(used[2], rel=0.1)
 
 
+@pytest.mark.xfail(reason="prefixes are told apart by the questions that the SDK writes before them", strict=True)
 def test_cache_reads_are_free_so_that_more_pass(stack: Stack) -> None:
-    """6,000 tokens each on 20,000 a minute: without the cache three pass, with it all do."""
-    simulator = stack.simulator("--tier", "none")
+    """6,000 tokens each on 20,000 a minute: without the cache three pass, with it all do, and all at once."""
+    simulator = stack.simulator("--tier", "none", "--speed", "1", "--ttft-s", "0", "--otps", "100000")
     desk = Desk.of(
         stack.gateway(
             simulator.url, limits=True, PACING__TIER="scale", PACING__ITPM="20000", PACING__BURST_S="60", **PEOPLE
         )
     )
     system = [{"type": "text", "text": "word " * 5500, "cache_control": {"type": "ephemeral"}}]
-    marked = [asking(f"Câu hỏi {number}", system=system) for number in range(20)]
-    replies = [run(desk.ask("an", body, deadline_s=2)) for body in marked]
+    first = run(desk.ask("an", asking("Câu hỏi", system=system)))
+    others = [asking(f"[[sim: ttft_ms=700]] Câu hỏi {number}", system=system) for number in range(19)]
+    replies = [first, *run(together(*(desk.ask("an", body, deadline_s=5) for body in others)))]
     assert [one.status for one in replies] == [200] * 20
     assert [one.headers["x-headgate-cache"] for one in replies] == ["write", *["read"] * 19]
-    assert sum(queue_ms(one) for one in replies) < 1000
+    # None waits for another's answer to show that it took nothing: that is expected of it.
+    assert [queue_ms(one) for one in replies] == [0] * 20
     plain = [run(desk.ask("an", asking("word " * 5500), deadline_s=2)) for _ in range(4)]
     refused = next(one for one in plain if one.status != 200)
     assert (refused.status, refused.error["details"]["error_code"]) == (529, "queue_deadline")

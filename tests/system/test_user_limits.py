@@ -377,3 +377,10 @@ def test_whoever_is_no_app_is_the_keys_owner(desk: Desk) -> None:
     replies = [run(desk.ask(f"forged-{number}", key=key, tier="many")) for number in range(2)]
     assert [one.headers["anthropic-ratelimit-requests-remaining"] for one in replies] == ["1", "0"]
     assert {one["user"] for one in desk.calls(["plain-key", "forged-0", "forged-1"], 2)} == {"plain-key"}
+
+
+def test_a_retry_costs_its_person_nothing(desk: Desk, simulator: Simulator) -> None:
+    simulator.fault(kind="500", count=1)
+    reply = run(desk.ask("unlucky"))
+    assert (reply.status, reply.headers["x-headgate-attempts"]) == (200, "2")
+    assert reply.headers["anthropic-ratelimit-requests-remaining"] == "19"
