@@ -74,9 +74,9 @@ class Night:
     speedup: float = 1.0
     """How many times faster than life all of it goes: arrivals, answers, limits, pauses."""
     fault_share: float = 0.05
-    faults: Faults = "dice"
-    """`dice`: each call by itself, so that chance may strike one person three times. `spaced`: every 20th call, unless
-    it could be the failure after which nobody tries again: what comes out is the gateway's doing and not luck.
+    faults: Faults = "spaced"
+    """`spaced`: every 20th call, unless it could be the failure after which nobody tries again: what comes out is the
+    gateway's doing and not luck. `dice`: each call by itself, so that chance may strike one person three times.
     """
     seed: int = 1
 
@@ -321,7 +321,7 @@ async def _run(way: str, night: Night, place: Place, client: Any, *, tell: bool)
     async with asyncio.TaskGroup() as group:
         beside = [group.create_task(_outage(night, place.simulator_url, started_at))]
         if night.faults == "spaced":
-            beside.append(group.create_task(_spaced_faults(night, place.simulator_url, since)))
+            beside.append(group.create_task(_spaced_faults(night, place.simulator_url, since, heard)))
         if tell:
             beside.append(group.create_task(_tell(way, night, started_at, heard)))
         async with asyncio.TaskGroup() as people:
@@ -397,9 +397,10 @@ async def _outage(night: Night, simulator_url: str, started_at: float) -> None:
     await asyncio.to_thread(get_json, f"{simulator_url}/sim/faults/outages?model={SONNET}", method="DELETE")
 
 
-async def _spaced_faults(night: Night, simulator_url: str, since: int) -> None:
+async def _spaced_faults(night: Night, simulator_url: str, since: int, heard: Sequence[Heard]) -> None:
     """One fault each time so many calls have come, while nobody is at their last attempt."""
     every, given, seen = round(1 / night.fault_share), 0, since
+    due, told = since + every, 0
     failures: Counter[int | None] = Counter()
     while True:
         for call in await asyncio.to_thread(arrivals, simulator_url, since=seen, bodies=True):
@@ -409,7 +410,10 @@ async def _spaced_faults(night: Night, simulator_url: str, since: int) -> None:
             else:
                 # A call that may have been billed is repeated once only.
                 failures[call.number] += 2 if call.fault in ("reset", "cut") else 1
-        if seen - since >= (given + 1) * every and max(failures.values(), default=0) < 2:
+        for one in heard[told:]:
+            failures.pop(one.number, None)
+        told = len(heard)
+        if seen >= due and max(failures.values(), default=0) < 2:
             kind = FAULT_KINDS[given % len(FAULT_KINDS)]
             order: dict[str, Any] = {"kind": kind}
             if kind == "cut":
@@ -418,6 +422,8 @@ async def _spaced_faults(night: Night, simulator_url: str, since: int) -> None:
                 order["retry_after"] = f"{1 / night.speedup:g}"
             await asyncio.to_thread(get_json, f"{simulator_url}/sim/faults", data=order)
             given += 1
+            # In step with what was missed would be several at once: an outage, and not scattered faults.
+            due = max(due + every, seen + every // 2)
         else:
             await asyncio.sleep(0.5 / night.speedup)
 

@@ -22,7 +22,7 @@ from load.three_in_the_morning import (
 )
 from tests.system.conftest import Stack
 
-SHORT = Night(speedup=20, faults="spaced").scaled(0.2)
+SHORT = Night(speedup=20).scaled(0.2)
 
 
 def through(stack: Stack, night: Night) -> tuple[Place, str]:
