@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections import defaultdict
 from itertools import pairwise
 
@@ -1286,3 +1287,157 @@ def test_positions_are_an_order():
     places = sorted(gate.queue.position(entry) for entry in gate.queue)
     assert places == list(range(1, 61))
     assert all(later > sooner for sooner, later in pairwise(places))
+
+
+# estimates while deadlines bind
+
+
+def hurried(seed: int, arrivals: int, *, every_s: float, patience_s: tuple[float, ...]) -> tuple[float, float, float]:
+    """What the last of a crowd is told before and after it joins, and what it waits though it has all the time.
+
+    The others leave at once when they are told more than they have, and else at their deadline.
+    """
+    dice = random.Random(seed)
+    gate = Gate(Bucket(level_s=5.0), bounds=QueueBounds(waiting_max=1000))
+    for number in range(arrivals):
+        gate.run(gate.now + dice.uniform(0.0, 2 * every_s))
+        person, cost_s, patience = dice.randrange(12), dice.uniform(0.05, 1.0), dice.choice(patience_s)
+        last = number == arrivals - 1
+        entry = Named(
+            "a",
+            user=f"u{person}",
+            cost_s=cost_s,
+            weight=PAID if person % 3 == 0 else FREE,
+            deadline=math.inf if last else gate.now + patience,
+        )
+        predicted = gate.queue.predicted_wait_s(entry.user, entry.weight, cost_s, False, gate.now)[0]
+        gate.join(entry)
+        told = gate.queue.expected_wait_s(entry, gate.now) if entry in set(gate.queue) else 0.0
+        if not last and gate.now + told > entry.deadline:
+            gate.queue.leave(entry)
+            gate.pump()
+    since = gate.now
+    gate.run(math.inf)
+    return predicted, told, waits(gate)[entry] - since
+
+
+@pytest.mark.parametrize("patience_s", [(6.0,), (6.0, 6.0, 20.0), (6.0, 1e6)], ids=["equal", "two", "some stay"])
+@pytest.mark.parametrize("every_s", [0.17, 0.0035], ids=["three times too many", "all at once"])
+def test_who_is_refused_at_arrival_is_told_what_they_would_have_waited(every_s, patience_s):
+    """A wait does not count those before it who will have given up by then."""
+    refused = wrong = early = 0
+    for seed in range(130):
+        arrivals = 20 + seed if every_s < 0.1 else 40 + 2 * seed
+        predicted, told, waited = hurried(seed, arrivals, every_s=every_s, patience_s=patience_s)
+        assert predicted == pytest.approx(told, abs=0.5, rel=0.25)
+        if told <= 6.0:
+            continue
+        refused += 1
+        wrong += abs(told - waited) > max(0.25 * waited, 0.5)
+        early += waited < 5.0
+    assert refused >= 10
+    assert wrong <= 0.05 * refused
+    assert early <= 0.05 * refused
+
+
+def test_an_estimate_leaves_out_who_will_be_gone_before_their_turn():
+    gate = Gate(Bucket(level_s=0.0))
+    queue = gate.queue
+    for name, cost_s, deadline in [("a", 2.0, 9.0), ("b", 3.0, 4.0), ("c", 4.0, 9.0), ("d", 5.0, math.inf)]:
+        gate.join(Named(name, cost_s=cost_s, deadline=deadline))
+    a, b, c, d = queue
+    # When a is gone b has its turn, and keeps it until it gives up; what was saved for it is there for c.
+    assert [queue.expected_wait_s(one, 0.0) for one in (a, b, c, d)] == [2.0, 5.0, 6.0, 11.0]
+    assert [queue.position(one, 0.0) for one in (a, b, c, d)] == [1, 2, 2, 3]
+    assert [queue.position(one) for one in (a, b, c, d)] == [1, 2, 3, 4]
+    assert queue.predicted_wait_s("e", FREE, 6.0, False, 0.0) == (17.0, "class_itpm")
+    assert queue.forecasts(0.0) == [(a, 1, 2.0), (b, 2, 5.0), (c, 2, 6.0), (d, 3, 11.0)]
+    gate.run(math.inf)
+    assert waits(gate) == pytest.approx({a: 2.0, c: 6.0, d: 11.0})
+
+
+def test_who_holds_the_class_until_they_give_up_is_waited_for_until_then():
+    gate = Gate(Bucket(level_s=0.0))
+    gate.join(Named("a", cost_s=9.0, deadline=8.0))
+    small = Named("b", cost_s=1.0)
+    gate.join(small)
+    assert gate.queue.expected_wait_s(small, 0.0) == 8.0
+    gate.run(math.inf)
+    assert waits(gate)[small] == 8.0
+
+
+def test_a_person_whose_first_gives_up_has_saved_for_the_second():
+    gate = Gate(Bucket(level_s=0.0))
+    for number in range(20):
+        gate.join(Named("b", cost_s=1.0, user=f"b{number % 2}"))
+    large, small = Named("a", cost_s=8.0, deadline=5.5), Named("a", cost_s=1.0)
+    gate.join(large)
+    gate.join(small)
+    expected = gate.queue.expected_wait_s(small, 0.0)
+    assert {entry: wait_s for entry, _, wait_s in gate.queue.forecasts(0.0)}[small] == expected
+    gate.run(math.inf)
+    assert waits(gate)[small] == pytest.approx(expected) == 7.0
+
+
+def test_an_own_limit_is_not_counted_for_those_who_give_up():
+    gate = Gate(Bucket(level_s=5.0, person_burst=1.0))
+    for deadline in (99.0, 6.0, 6.0, 99.0):
+        gate.join(Named("g", cost_s=0.5, gap_s=4.0, deadline=deadline))
+    last = list(gate.queue)[-1]
+    assert gate.queue.expected(last, 0.0) == (8.0, "user_rpm")
+    gate.run(math.inf)
+    assert waits(gate)[last] == 8.0
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["people", "background too"])
+@pytest.mark.parametrize("limited", [False, True], ids=["no limits", "own limits"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["equal costs", "mixed costs"])
+def test_forecasts_of_all_are_those_of_each(mixed, limited, background):
+    """In the order of service, and right as those are."""
+    dice = random.Random(2)
+    seen = wrong = 0
+    for _ in range(25):
+        gate = scene(dice, mixed=mixed, limited=limited, background=background)
+        forecasts = gate.queue.forecasts(gate.now)
+        assert sorted(id(entry) for entry, _, _ in forecasts) == sorted(map(id, gate.queue))
+        if not limited and not background:
+            for entry, position, wait_s in forecasts:
+                assert wait_s == pytest.approx(gate.queue.expected_wait_s(entry, gate.now), abs=0.001)
+                assert position == gate.queue.position(entry)
+        since = gate.now
+        gate.run(math.inf)
+        served = waits(gate, since=since)
+        for entry, _, wait_s in forecasts:
+            seen += 1
+            if limited:
+                wrong += abs(served[entry] - wait_s) > max(0.25 * served[entry], 0.5)
+            else:
+                assert served[entry] == pytest.approx(wait_s, abs=0.001)
+    assert wrong <= 0.01 * seen
+
+
+def test_forecasts_name_who_waits_for_something_unknown_too():
+    queue = queue_of(*named("a1", "a2", "b1", "b2"))
+    queue.denied(queue.next(0.0), by_person(math.inf, "user_concurrency"), 0.0)
+    queue.denied(queue.next(0.0), by_class(1.0), 0.0)
+    each = {entry: (queue.position(entry), queue.expected_wait_s(entry, 0.0)) for entry in queue}
+    assert {entry: (position, wait_s) for entry, position, wait_s in queue.forecasts(0.0)} == each
+
+
+@pytest.mark.parametrize("people", [500, 12])
+def test_estimates_of_five_hundred_are_cheap(people):
+    queue = queue_of(
+        *(Named("a", user=f"u{n % people}", cost_s=0.06 + n % 7 / 10, deadline=6.0 + n % 5) for n in range(500))
+    )
+    queue.denied(queue.next(0.0), by_class(0.06), 0.0)
+    best = {"one": math.inf, "all": math.inf}
+    for _ in range(30):
+        for what, ask in (
+            ("one", lambda: queue.predicted_wait_s("new", FREE, 13.0, False, 0.0)),
+            ("all", lambda: queue.forecasts(0.0)),
+        ):
+            began = time.perf_counter()
+            ask()
+            best[what] = min(best[what], time.perf_counter() - began)
+    assert best["one"] < 0.001, "half of that where nothing else runs"
+    assert best["all"] < 0.002

@@ -17,6 +17,7 @@ Units: costs in seconds of the class's capacity, times in seconds of one monoton
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
@@ -50,6 +51,10 @@ _PINNED: Final = 3
 """Was refused by the class in its turn: it keeps the turn until the class has enough for it."""
 _BLOCKED: Final = 4
 """Was refused by a limit of its own person, or is held."""
+
+
+Forecast = tuple["Entry", int, float]
+_Place = tuple[float, float, int, float, deque["Entry"], int]
 
 
 class QueueBounds(Record, frozen=True, gc=False):
@@ -526,9 +531,7 @@ class RequestQueue:
 
         It is what remains after `next` was asked until it was None.
         """
-        while self._deadlines and self._deadlines[0][2]._queue is not self:
-            heappop(self._deadlines)
-        at = self._deadlines[0][0] if self._deadlines else math.inf
+        at = self._first_deadline()
         if self._again is None and self._asks < ASKS_MAX:
             line = self._turn()
             if line is not None and line.unfit is not None:
@@ -541,12 +544,14 @@ class RequestQueue:
                     at = min(at, self._blocks[0][0])
         return at if at < math.inf else None
 
-    def position(self, entry: Entry) -> int:
-        """How many will be served until it is, itself included, if nobody comes and everybody stays. ≥ 1.
+    def position(self, entry: Entry, now: float | None = None) -> int:
+        """How many are served until it is, itself included, if nobody comes; without `now`: and nobody gives up. ≥ 1.
 
         Of an entry that does not wait here: as if it came now.
         """
         lane, line, index = self._standing(entry)
+        if now is not None and self._deadlines:
+            return next(place for one, place, _ in self._walk(lane, line, entry, now) if one is entry)
         tag, seq = self._place(lane, line, index, entry._rounds)
         others, cost_s = self._before(lane, line, tag, seq)
         between = self._between(lane, cost_s + self._cost_s(line, index), entry.cost_s)[0]
@@ -562,7 +567,14 @@ class RequestQueue:
         Of an entry that does not wait here: as if it came now.
         """
         lane, line, index = self._standing(entry)
-        return self._estimate(lane, line, index, entry.cost_s, entry._rounds, entry.gap_s, now)
+        return self._estimate(lane, line, index, entry, now)
+
+    def forecasts(self, now: float) -> list[Forecast]:
+        """Everybody who waits, in the order of service, with their `position` at `now` and `expected_wait_s`.
+
+        O(n log n), where one by one it is n². Where own limits are in play too the two differ as estimates do.
+        """
+        return list(self._walk(self._people, None, None, now))
 
     def predicted_wait_s(
         self, user: str, weight: float, cost_s: float, background: bool, now: float, *, gap_s: float = 0.0
@@ -571,14 +583,14 @@ class RequestQueue:
 
         Right to the millisecond if nobody else comes and what passes costs what was said; where many people are at
         their own limits and the class is busy too, up to a fifth of the estimates are off by more than a quarter.
+        Who will have met their deadline before their turn is not counted; the deadline of the one asked for is.
         Later arrivals lengthen it: each other person by no more than `their weight / weight` times the cost of this
         request and of its person's before it, background by a ninth of all that. A block of unknown length counts as
         none, and is named.
         """
-        lane = self._background if background else self._people
-        line = lane.lines.get(user)
-        index = len(line.entries) if line is not None else 0
-        return self._estimate(lane, line, index, cost_s, cost_s / weight, gap_s, now)
+        entry = Entry(user, cost_s=cost_s, deadline=math.inf, enqueued_at=now, weight=weight, gap_s=gap_s)
+        entry.background = background
+        return self.expected(entry, now)
 
     def snapshot(self, now: float) -> QueueSnapshot:
         """How it stands."""
@@ -588,7 +600,7 @@ class RequestQueue:
         wait_s = 0.0
         if entries:
             mean_s = sum(entry.cost_s for entry in entries) / len(entries)
-            wait_s = self._estimate(self._people, None, 0, mean_s, mean_s, 0.0, now)[0]
+            wait_s = self.predicted_wait_s("", 1.0, mean_s, False, now)[0]
         return QueueSnapshot(
             waiting=self._waiting,
             bytes=self._bytes,
@@ -745,27 +757,134 @@ class RequestQueue:
         line = lane.lines.get(entry.user)
         return lane, line, len(line.entries) if line is not None else 0
 
-    def _estimate(
-        self, lane: _Lane, line: _Line | None, index: int, cost_s: float, rounds: float, gap_s: float, now: float
-    ) -> tuple[float, str]:
-        """The wait of what stands, or would stand, at `index` of a line, and what binds it."""
-        tag, seq = self._place(lane, line, index, rounds)
-        own_s = self._cost_s(line, index)
-        others_s = self._before(lane, line, tag, seq)[1]
-        before_s = own_s + others_s
-        before_s += self._between(lane, before_s, cost_s)[1]
-        wait_s = self._served_in_s(before_s, cost_s, now)
+    def _first_deadline(self) -> float:
+        while self._deadlines and self._deadlines[0][2]._queue is not self:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def _estimate(self, lane: _Lane, line: _Line | None, index: int, entry: Entry, now: float) -> tuple[float, str]:
+        """The wait of what stands, or would stand, at `index` of a line, and what binds it.
+
+        Reckoned by sums, as if everybody stayed; somebody's deadline before that is rare, and then they are walked.
+        """
+        tag, seq = self._place(lane, line, index, entry._rounds)
+        before_s = self._cost_s(line, index) + self._before(lane, line, tag, seq)[1]
+        before_s += self._between(lane, before_s, entry.cost_s)[1]
+        wait_s = self._served_in_s(before_s, entry.cost_s, now)
         before_s += self._unblocked_s(lane, line, tag, wait_s, now)
-        wait_s = self._served_in_s(before_s, cost_s, now)
+        wait_s = self._served_in_s(before_s, entry.cost_s, now)
         if self._pinned is not None and self._fits_at(self._pinned) < math.inf:
             wait_s = max(wait_s, self._fits_at(self._pinned) - now)
-        reason = self._reason if wait_s > 0 else ""
-        if line is None or line.state != _BLOCKED:
-            return wait_s, reason
-        if line.until == math.inf:
-            return wait_s, line.reason
-        block_s = max(line.until - now, 0.0) + (index * gap_s if line.reason != HELD else 0.0)
-        return (block_s, line.reason) if block_s >= wait_s else (wait_s, reason)
+        reason = self._reason
+        if line is not None and line.state == _BLOCKED:
+            gaps_s = index * entry.gap_s if line.reason != HELD else 0.0
+            block_s = max(line.until - now, 0.0) + gaps_s if line.until < math.inf else wait_s
+            if block_s >= wait_s:
+                wait_s, reason = block_s, line.reason
+        if self._first_deadline() < now + wait_s:
+            wait_s = next(wait_s for one, _, wait_s in self._walk(lane, line, entry, now) if one is entry)
+        return wait_s, reason if wait_s > 0 or reason != self._reason else ""
+
+    def _walk(self, lane: _Lane, mine: _Line | None, wanted: Entry | None, now: float) -> Iterator[Forecast]:
+        """What will happen if nobody comes: each in turn, their position, and the wait if they alone never give up.
+
+        Who has met their deadline by then takes nothing. Only `wanted` (None: everybody) is sure to be named: if it
+        does not wait it goes to the end of the line `mine`, or of a new one of that lane. A block of unknown length
+        never ends; who is told their wait behind one is told as if there were none, and takes nothing from others.
+        """
+        # A place: when it is due, the order of its line, its index in the line, since when it saves, line, lane.
+        # Those of people, of background and of who was named; who is blocked by the end of that, alarms by deadline.
+        people, background, named, asleep, alarms = places = tuple[list[_Place], ...]([] for _ in range(5))
+        heads, unpaid, gapped = dict[float, int](), dict[float, float](), set[float]()
+        burst_s, pace, credit_s, clock_s, count = self._burst_s, self._pace, self._credit, 0.0, 0
+        empty_s = max(self._empty_at - now, -burst_s)
+        rounds = [self._people.round, self._background.round]
+
+        def put(order: float, index: int, since: float, entries: deque[Entry], kind: int) -> None:
+            last = len(entries) - 1
+            while wanted and index < last and entries[index].deadline - now <= clock_s and entries[index] != wanted:
+                index += 1
+            heads[order] = index
+            if index < last:
+                heappush(alarms, (entries[index].deadline - now, order, index, since, entries, kind))
+            insort(places[kind], (since + entries[index]._rounds, order, index, since, entries, kind))
+
+        for line in self.lines():
+            kind, since, entries = int(line.lane is self._background), line.since, line.entries
+            if line is mine and wanted is not None and wanted not in entries:
+                entries = deque([*entries, wanted])
+            if line.state == _BLOCKED:
+                since = line.saving_since()
+                if line.until < math.inf:
+                    heappush(asleep, (line.until - now, line.seq, 0, since - rounds[kind], entries, kind))
+                    if line.reason != HELD:
+                        gapped.add(line.seq)
+                elif wanted is None or line is mine:
+                    unpaid[line.seq] = 0.0
+                    put(line.seq, 0, since, entries, kind)
+                continue
+            is_named = line.state != _READY and (not kind or line.credit_s or not self._people.lines)
+            key, turns = (line.named, named) if is_named else (line.due, places[kind])
+            turns.append((key, line.seq, 0, since, entries, kind))
+            if len(entries) > 1:
+                heads[line.seq] = 0
+                alarms.append((entries[0].deadline - now, line.seq, 0, since, entries, kind))
+        for some in places:
+            some.sort()
+        if wanted is not None and mine is None:
+            put(math.inf, 0, lane.round, deque([wanted]), int(lane is self._background))
+        if (pinned := self._pinned) is not None and (fits_at := self._fits_at(pinned)) < math.inf:
+            clock_s = max(min(fits_at, pinned.entries[0].deadline) - now, 0.0)
+        while True:
+            while asleep and asleep[0][0] <= clock_s:
+                _, order, index, saved, entries, kind = heappop(asleep)
+                put(order, index, rounds[kind] + saved, entries, kind)
+            while alarms and alarms[0][0] <= clock_s:
+                # The first of a line gives up: what was saved for it is there for the next.
+                _, order, index, since, entries, kind = heappop(alarms)
+                if heads[order] == index:
+                    put(order, index + 1, since, entries, kind)
+            turns, on_credit = named or people or background, False
+            if background and not named:
+                on_credit = background[0][4][background[0][2]].cost_s <= credit_s + _SLACK
+                turns = background if on_credit else turns
+            if not turns:
+                if not asleep:
+                    return
+                # Meanwhile the bucket fills, and no further than it is deep.
+                empty_s, clock_s = max(empty_s, asleep[0][0] - burst_s), asleep[0][0]
+                continue
+            _, order, index, since, entries, kind = turns.pop(0)
+            entry, is_head = entries[index], heads.get(order, index) == index
+            cost_s, own_s = entry.cost_s, unpaid.get(order, 0.0)
+            at_s = empty_s + (own_s + (cost_s if cost_s < burst_s else burst_s)) / pace
+            at_s = clock_s if at_s < clock_s else at_s
+            if wanted is None or entry is wanted:
+                yield entry, count + 1 + (index if order in unpaid else 0), at_s
+            elif not is_head:
+                continue
+            left_s = entry.deadline - now
+            if order in unpaid:
+                unpaid[order] = own_s + cost_s
+                since += entry._rounds
+            elif left_s > at_s:
+                count += 1
+                clock_s = at_s
+                empty_s += cost_s / pace
+                since += entry._rounds
+                rounds[kind] = max(rounds[kind], since)
+                if on_credit:
+                    credit_s -= cost_s
+                elif kind == 0 and background:
+                    credit_s += cost_s * _CREDIT_SHARE
+            else:
+                # If it was its turn nobody else had theirs until it gave up.
+                clock_s = max(clock_s, left_s)
+            goes_on = is_head and index + 1 < len(entries)
+            if goes_on and left_s > at_s and entry.gap_s and order in gapped:
+                heappush(asleep, (at_s + entry.gap_s, order, index + 1, since - rounds[kind], entries, kind))
+            elif goes_on:
+                put(order, index + 1, since, entries, kind)
 
     def _served_in_s(self, before_s: float, cost_s: float, now: float) -> float:
         """When the class's bucket has paid for all that is before it and then has enough for this one."""
