@@ -80,6 +80,13 @@ def test_of_two_marks_the_longest_known_counts():
     assert forecast(forecaster, marks=first).input_tokens == 1
 
 
+def test_the_order_of_the_fields_is_anthropics_and_not_the_bodys():
+    fields = json.loads(body("x" * 3400, "one"))
+    backwards = {"messages": fields["messages"], "system": fields["system"]}
+    assert prefixes(scan(json.dumps(backwards).encode())) == marks("x" * 3400, "one")
+    assert prefixes(scan(json.dumps(backwards | {"messages": []}).encode())) == marks("x" * 3400, "two")
+
+
 def test_answers_teach_how_long_answers_are():
     forecaster = Forecaster()
     for _ in range(60):

@@ -294,9 +294,9 @@ class Traffic:
         """Everybody who waits, with their position and expected wait in seconds."""
         now = self._clock()
         for lane in self._lanes.values():
-            for entry in lane.queue:
+            for entry, position, expected_s in lane.queue.forecasts(now):
                 assert isinstance(entry, Waiting)
-                yield entry, lane.queue.position(entry), lane.queue.expected_wait_s(entry, now)
+                yield entry, position, expected_s
 
     def lanes(self) -> Iterable[tuple[str, ClassLimits, RequestQueue]]:
         """Every model class that was ever asked for."""

@@ -33,6 +33,7 @@ _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 _MARK = b'"cache_control"'
+_CACHED_IN_ORDER = ("tools", "system", "messages")
 
 
 class Forecast(Record, frozen=True, gc=False):
@@ -118,19 +119,27 @@ class Forecaster:
 
 
 def prefixes(request: MessageRequest) -> tuple[int, ...]:
-    """One number for what stands before each of the body's cache marks, in their order; empty without marks.
+    """One number for what stands before each of the cache marks, in their order; empty without marks.
 
-    A checksum: two prefixes that collide make a wrong guess of a rate, and nothing else.
+    The order is Anthropic's (tools, system, messages) and not that of the body, where an SDK may write the messages
+    first. A checksum: two prefixes that collide make a wrong guess of a rate, and nothing else.
     """
-    body = request.body
-    at = body.find(_MARK)
+    if _MARK not in request.body:
+        return ()
     found: list[int] = []
-    start = checksum = 0
-    while at >= 0 and len(found) < MARKS_MAX:
-        checksum = zlib.crc32(body[start:at], checksum)
-        found.append(checksum << 32 | at)
-        start = at
-        at = body.find(_MARK, at + len(_MARK))
+    checksum = length = 0
+    for name in _CACHED_IN_ORDER:
+        field = request.raw(name)
+        if field is None:
+            continue
+        start, at = 0, field.find(_MARK)
+        while at >= 0 and len(found) < MARKS_MAX:
+            checksum = zlib.crc32(field[start:at], checksum)
+            found.append(checksum << 32 | length + at)
+            start = at
+            at = field.find(_MARK, at + len(_MARK))
+        checksum = zlib.crc32(field[start:], checksum)
+        length += len(field)
     return tuple(found)
 
 

@@ -32,8 +32,8 @@ HOLD_RATIO = 1.4
 """Of the demand. The bar is 1.5 in any second; the rest is for the error of what was learned and for `CREDIT_S`."""
 RAMP_DOUBLES_S = 0.7
 """2.0 s from the first pace to the last: two or three answers' time. What is lost in it lengthens the backlog."""
-BACKLOG_S = 6.0
-"""Seconds of the demand that may wait for the end of an outage: at 1.4 times the demand it is gone in 15 s."""
+BACKLOG_S = 5.0
+"""Seconds of the demand that may wait for the end of an outage: at 1.4 times the demand it is gone in 13 s."""
 HOLD_S = 45.0
 """Since the release began. A full queue of 10 s of demand is drained in 28 s: who still waits now shows more demand
 than there was before the outage, and the pace grows with it."""
