@@ -340,7 +340,9 @@ def test_without_money_nothing_leaves_but_a_probe(lives):
         back = town.ask("an", again=True)
         await town.idle()
         await asyncio.sleep(901.0)
-        town.answer_s = 1.0
+        # All three join while a probe may go, and wait: when the first is let go, the others may not follow.
+        town.local.throttled(SONNET, town.limits, retry_after_s=2.0, ramp=False)
+        town.answer_s = 10.0
         crowd = [town.ask(f"person_{number}", deadline_s=60.0) for number in range(3)]
         await town.idle()
         after = town.ask("an")
@@ -471,7 +473,7 @@ def test_shares_under_overload_are_those_of_the_weights(lives, seed, weights):
 @settings(max_examples=15)
 @given(st.integers(0, 2**32), st.sampled_from(["rpm", "itpm", "otpm"]))
 def test_the_binding_limit_is_used_while_there_is_demand(lives, seed, binding):
-    """P13: 95 % of it in every ten seconds, at twice the demand and with estimates that are exact; and never more."""
+    """P13: 95 % of it in any ten seconds, at twice the demand and with estimates that are exact. I6: and no more."""
     dice = random.Random(seed)
     limits = ClassLimits(
         rpm=240.0 if binding == "rpm" else 6_000.0,
@@ -507,7 +509,7 @@ def test_the_binding_limit_is_used_while_there_is_demand(lives, seed, binding):
     for start in range(20, 120, 10):
         used = sum(amount for at, amount in taken if start <= at < start + 10)
         assert used >= 0.95 * rate_s * 10 - largest, (start, used)
-        assert used <= rate_s * 10 + largest
+        assert used <= rate_s * (10 + limits.burst_s)
     used = sum(amount for at, amount in taken if 20 <= at < 120)
     assert used >= 0.95 * rate_s * 100
 

@@ -100,6 +100,12 @@ def test_faults_are_met_and_most_are_never_seen(day):
 def test_traffic_control_has_its_hands_full(day):
     """All that can be in the way is, at some time of the day."""
     assert day["queued"] > 5_000
-    assert set(day["refused"]) >= {"queue_deadline", "user_queue_full", "upstream_spend_cap", "poison_prompt"}
+    assert set(day["refused"]) >= {
+        "queue_deadline",
+        "user_queue_full",
+        "user_rpm_exceeded",
+        "upstream_spend_cap",
+        "poison_prompt",
+    }
     assert day["breaker_transitions"] > 20
     assert day["served_by_fallback"] > 200

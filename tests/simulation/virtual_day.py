@@ -45,7 +45,9 @@ RUSH_SHARE = 0.4
 SETTINGS = {"PACING__RPM": "300", "PACING__ITPM": "450000", "PACING__OTPM": "90000"}
 PEOPLE = 200
 GREEDY = 3
-"""People who send a fifth of everything."""
+"""People who send a sixth of everything, much of it in bursts, and through ten keys each."""
+BURST = 30
+BURST_SHARE = 0.06
 
 
 class Day(World):
@@ -75,20 +77,22 @@ class Day(World):
     async def live(self, requests: int) -> None:
         """The whole day: requests at random times, some impatient."""
         dice = self.dice
-        arrivals = sorted(
-            dice.choice(self.rushes) + dice.uniform(0, RUSH_S) if dice.random() < RUSH_SHARE else dice.uniform(0, DAY_S)
-            for _ in range(requests)
-        )
+        bursts = round(requests * BURST_SHARE / BURST)
+        arrivals = [(dice.uniform(0, DAY_S), f"greedy_{number % GREEDY}") for number in range(bursts)] * BURST
+        while len(arrivals) < requests:
+            in_rush = dice.random() < RUSH_SHARE
+            at = dice.choice(self.rushes) + dice.uniform(0, RUSH_S) if in_rush else dice.uniform(0, DAY_S)
+            arrivals.append((at, ""))
         ticks = self.loop.create_task(self.tick())
-        for at in arrivals:
+        for at, greedy in sorted(arrivals):
             await asyncio.sleep(max(at - self.loop.time(), 0.0))
-            self._arrive()
+            self._arrive(greedy)
         await self.rest()
         ticks.cancel()
 
-    def _arrive(self) -> None:
+    def _arrive(self, greedy: str) -> None:
         dice = self.dice
-        asker = self._asker()
+        asker = Asker(greedy, key_id=f"key{dice.randrange(10):05d}") if greedy else self._asker()
         body: dict[str, object] = {
             "model": dice.choices(list(USD_PER_MTOK), [6, 3, 1])[0],
             "max_tokens": 1024,
@@ -113,9 +117,8 @@ class Day(World):
     def _asker(self) -> Asker:
         """Free people, paying ones, background work, people of an app; some keys bound their calls at once."""
         dice = self.dice
-        if dice.random() < 0.2:
-            number = dice.randrange(GREEDY)
-            return Asker(f"greedy_{number}", key_id=f"key{dice.randrange(10):05d}")
+        if dice.random() < 0.1:
+            return Asker(f"greedy_{dice.randrange(GREEDY)}", key_id=f"key{dice.randrange(10):05d}")
         number = dice.randrange(PEOPLE)
         user = f"user_{number}"
         if number % 10 == 0:

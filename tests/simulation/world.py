@@ -409,6 +409,7 @@ class World:
         self.exchanges: dict[str, Exchange] = {}
         self.left = 0
         self.crashes: list[str] = []
+        loop.set_exception_handler(lambda loop, context: self.crashes.append(repr(context.get("exception", context))))
         self.transitions: list[tuple[float, str, str]] = []
         """Of breakers: when, whose, into what."""
         self.breakers: dict[str, str] = {}
