@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections import defaultdict
 from itertools import pairwise
 
@@ -1422,22 +1421,3 @@ def test_forecasts_name_who_waits_for_something_unknown_too():
     queue.denied(queue.next(0.0), by_class(1.0), 0.0)
     each = {entry: (queue.position(entry), queue.expected_wait_s(entry, 0.0)) for entry in queue}
     assert {entry: (position, wait_s) for entry, position, wait_s in queue.forecasts(0.0)} == each
-
-
-@pytest.mark.parametrize("people", [500, 12])
-def test_estimates_of_five_hundred_are_cheap(people):
-    queue = queue_of(
-        *(Named("a", user=f"u{n % people}", cost_s=0.06 + n % 7 / 10, deadline=6.0 + n % 5) for n in range(500))
-    )
-    queue.denied(queue.next(0.0), by_class(0.06), 0.0)
-    best = {"one": math.inf, "all": math.inf}
-    for _ in range(30):
-        for what, ask in (
-            ("one", lambda: queue.predicted_wait_s("new", FREE, 13.0, False, 0.0)),
-            ("all", lambda: queue.forecasts(0.0)),
-        ):
-            began = time.perf_counter()
-            ask()
-            best[what] = min(best[what], time.perf_counter() - began)
-    assert best["one"] < 0.001, "half of that where nothing else runs"
-    assert best["all"] < 0.002

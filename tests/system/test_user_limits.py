@@ -297,7 +297,9 @@ def test_a_person_and_an_app_can_read_their_places(desk: Desk) -> None:
 
     def look() -> None:
         (mine,) = read(own)
-        assert (mine["user"], mine["model"], mine["position"]) == ("reader", SONNET, 1)
+        assert (mine["user"], mine["model"]) == ("reader", SONNET)
+        # Served after the guests, who came later: their own limit lets them go sooner.
+        assert 1 <= mine["position"] <= 9
         assert 10 < mine["expected_wait_s"] <= 15
         guests = read(desk.key, "?user=guest")
         assert [one["position"] for one in guests] == list(range(1, len(guests) + 1))
