@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from headgate.policy.records import Attempt, Failure, Outcome, OutcomeKind, Plan, Refused
-from headgate.policy.retry import AMBIGUOUS_MAX, Cause, GiveUp, RetryBudget, RetryPolicy, cause, decide
+from headgate.policy.retry import AMBIGUOUS_MAX, Cause, GiveUp, RetryAt, RetryBudget, RetryPolicy, cause, decide
 
 _FAILURES_BEFORE_FALLBACK = 2
 
@@ -247,15 +247,7 @@ class Call:
 
     def _after_failure(self, failure: Failure, now: float) -> None:
         """Again here, or on the next model, or no more."""
-        decision = decide(
-            failure,
-            attempts_made=self._attempts,
-            ambiguous_made=self._ambiguous,
-            now=now,
-            deadline=self._plan.deadline,
-            policy=self._policy,
-            jitter=self._jitter(),
-        )
+        decision = self._decision(failure, now)
         why = cause(failure)
         elsewhere = (
             len(self._models) > 1
@@ -282,6 +274,17 @@ class Call:
             assert decision.at <= self._plan.deadline, (decision, self._plan.deadline)
             self._state = "BACKOFF"
             self.step = Sleep(decision.at)
+
+    def _decision(self, failure: Failure, now: float) -> RetryAt | GiveUp:
+        return decide(
+            failure,
+            attempts_made=self._attempts,
+            ambiguous_made=self._ambiguous,
+            now=now,
+            deadline=self._plan.deadline,
+            policy=self._policy,
+            jitter=self._jitter(),
+        )
 
     def _better_elsewhere(self, why: Cause, failure: Failure, now: float) -> bool:
         """Whether the trouble is this model's, and waiting for it has been tried or is in vain (failure-model §2.1)."""
@@ -320,15 +323,7 @@ class Call:
             self.step = Admit(self.model, again=False)
             return
         # The retry is paid for already. It was to be elsewhere; now it is here, after the pause that belongs to it.
-        decision = decide(
-            failure,
-            attempts_made=self._attempts,
-            ambiguous_made=self._ambiguous,
-            now=now,
-            deadline=self._plan.deadline,
-            policy=self._policy,
-            jitter=self._jitter(),
-        )
+        decision = self._decision(failure, now)
         if isinstance(decision, GiveUp):
             self.reasons += (f"give_up:{decision.reason}",)
             self._finish("failed", failure.status, failure)
