@@ -14,10 +14,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import pytest
 
 UNLIMITED = {
@@ -253,6 +255,13 @@ def _gateway_listens(process: Process) -> list[dict[str, Any]]:
 def _fail_if_ended(process: Process) -> None:
     if process.popen.poll() is not None:
         raise AssertionError(f"{process.name} ended with {process.popen.returncode}; it printed:\n{process.text()}")
+
+
+@pytest.fixture
+def sdk() -> Iterator[Callable[..., anthropic.Anthropic]]:
+    """Makes clients of the official SDK that do not try again, and closes them: an open socket is a warning, later."""
+    with ExitStack() as clients:
+        yield lambda url, key: clients.enter_context(anthropic.Anthropic(base_url=url, api_key=key, max_retries=0))
 
 
 @pytest.fixture

@@ -177,9 +177,9 @@ def test_streams_that_outlast_the_limit_hear_that_it_restarts_and_all_are_booked
         print(f"\n{STREAMS // 2} streams outlast a drain of {DRAIN_S:.0f} s: exit after {took_s:.2f} s")  # noqa: T201
 
 
-def test_the_sdk_raises_when_the_gateway_restarts_under_its_stream(stack, simulator):
+def test_the_sdk_raises_when_the_gateway_restarts_under_its_stream(stack, simulator, sdk):
     gateway = start(stack, simulator.url, SERVER__DRAIN_TIMEOUT_S="0.3")
-    client = anthropic.Anthropic(base_url=gateway.url, api_key=gateway.key(), max_retries=0)
+    client = sdk(gateway.url, gateway.key())
 
     def read_on() -> None:
         with client.messages.stream(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from anthropic import Anthropic
 
-
-def test_an_unchanged_sdk_program_works_by_its_base_url_and_key(stack):
+def test_an_unchanged_sdk_program_works_by_its_base_url_and_key(stack, sdk):
     simulator = stack.simulator()
     gateway = stack.gateway(simulator.url)
-    client = Anthropic(base_url=gateway.url, api_key=gateway.key(), max_retries=0)
+    client = sdk(gateway.url, gateway.key())
     message = client.messages.create(
         model="claude-sonnet-4-6", max_tokens=30, messages=[{"role": "user", "content": "Xin chào"}]
     )

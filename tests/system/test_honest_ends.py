@@ -263,10 +263,10 @@ def test_a_whole_answer_cut_at_any_byte_is_never_a_200(world):
 
 
 @pytest.mark.parametrize("frames_shown", range(COMMIT_EVENTS, len(FRAMES)))
-def test_the_sdk_raises_on_a_cut_stream(world, frames_shown):
+def test_the_sdk_raises_on_a_cut_stream(world, frames_shown, sdk):
     cut_at = len(b"".join(FRAMES[:frames_shown])) + frames_shown
     name = world.upstream.plan((in_chunks(cut_at), Act.CLOSE))
-    client = anthropic.Anthropic(base_url=world.gateway.url, api_key=world.key, max_retries=0)
+    client = sdk(world.gateway.url, world.key)
     with (
         pytest.raises(anthropic.APIStatusError) as raised,
         client.messages.stream(
@@ -940,12 +940,12 @@ def test_the_sdk_sees_a_whole_answer_through_every_fault_that_can_be_mended(simu
 
 
 @pytest.fixture(scope="module")
-def simulated(shared_stack: Stack) -> Any:
+def simulated(shared_stack: Stack) -> Iterator[Any]:
     simulator = shared_stack.simulator()
     gateway = shared_stack.gateway(simulator.url, RETRY__BASE_DELAY_S="0.04", UPSTREAM__STALL_TIMEOUT_S="0.5")
     key = app_key(gateway)
-    client = anthropic.Anthropic(base_url=gateway.url, api_key=key, max_retries=0)
-    return simulator, Books(gateway, key), client
+    with anthropic.Anthropic(base_url=gateway.url, api_key=key, max_retries=0) as client:
+        yield simulator, Books(gateway, key), client
 
 
 def ask(client: anthropic.Anthropic, name: str) -> Any:

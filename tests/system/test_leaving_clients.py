@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import anthropic
 import pytest
 from tests.system.conftest import Gateway, Simulator, Stack, until
 from tests.system.scripted import (
@@ -124,10 +123,10 @@ def prompt(tokens: int, words: str = "Kể cho tôi nghe về Hà Nội") -> lis
 
 
 def test_a_client_cut_at_every_event_and_within_events_closes_upstream_and_pays_what_was_produced(
-    paced, simulator, capsys
+    paced, simulator, capsys, sdk
 ):
     gateway, key, books = paced
-    client = anthropic.Anthropic(base_url=gateway.url, api_key=key, max_retries=0)
+    client = sdk(gateway.url, key)
     # What a token weighs in bytes is learned from whole answers.
     for _ in range(5):
         with client.messages.stream(model="claude-sonnet-4-6", max_tokens=1000, messages=prompt(320)) as stream:
@@ -198,9 +197,9 @@ def test_two_hundred_clients_leaving_at_once_leave_nothing_upstream(paced, simul
     assert {row["state"] for row in rows.values()} == {"estimated"}
 
 
-def test_leaving_the_sdk_stream_closes_upstream(paced, simulator):
+def test_leaving_the_sdk_stream_closes_upstream(paced, simulator, sdk):
     gateway, key, _ = paced
-    client = anthropic.Anthropic(base_url=gateway.url, api_key=key, max_retries=0)
+    client = sdk(gateway.url, key)
     with client.messages.stream(model="claude-sonnet-4-6", max_tokens=5000, messages=prompt(5000)) as stream:
         for event in stream:
             if event.type == "text":
