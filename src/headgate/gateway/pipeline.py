@@ -477,7 +477,7 @@ class MessageCall:
             hold_s=pipeline.settings.upstream.hold_s,
             clock=pipeline.clock,
             on_start=lambda: self._began(attempt, answer, relay.fold),
-            on_commit=call.commit,
+            on_commit=lambda: self._commit(call),
             on_progress=lambda: self._progressed(attempt, plan, relay.fold),
         )
         if self._gone:
@@ -726,6 +726,11 @@ class MessageCall:
         self._settlement.started(attempt, answer, fold)
         pipeline.forecaster.began(attempt.model, self._forecast, fold.usage, pipeline.clock())
         pipeline.traffic.began(self._its_turn(), input_tokens=uncached(fold.usage))
+
+    def _commit(self, call: Call) -> None:
+        """The first byte goes to the client: no other model will be asked, so what a rewriting reads is let go."""
+        call.commit()
+        self._scanned = None
 
     def _progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> None:
         tokens = self._settlement.progressed(attempt, plan, fold)
