@@ -369,7 +369,8 @@ class MessageCall:
                 ask_id=f"{request.call_id}:{call.attempts + 1}",
                 model=model,
                 class_id=class_id,
-                limits=self._policies.class_limits(class_id),
+                # As they are now: a call from before the settings were read again must not bring the old ones back.
+                limits=pipeline.policies.class_limits(class_id),
                 subjects=self._subjects if not step.again else self._subjects_of_retry(),
                 input_tokens=forecast.input_tokens,
                 output_tokens=forecast.output_tokens,
