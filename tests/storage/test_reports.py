@@ -222,6 +222,8 @@ def test_calls_have_the_exact_form(tell, connection, call):
                 "queue_ms": 2,
                 "first_byte_ms": 300,
                 "total_ms": 1_500,
+                "family": "",
+                "reused": False,
                 "attempts": [
                     {
                         "number": 1,

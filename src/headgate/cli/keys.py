@@ -39,15 +39,18 @@ def create(
     otpm: Annotated[int | None, typer.Option(metavar="N", help="Output tokens a minute through this key.")] = None,
     concurrency: Annotated[int | None, typer.Option(metavar="N", help="Calls at once through this key.")] = None,
     budget_usd_day: Annotated[
-        str | None, typer.Option(metavar="USD", help="Spend at most this a day (kept; not enforced yet).")
+        str | None, typer.Option(metavar="USD", help="Spend at most this in a UTC day through this key.")
     ] = None,
     budget_usd_month: Annotated[
-        str | None, typer.Option(metavar="USD", help="Spend at most this a month (kept; not enforced yet).")
+        str | None, typer.Option(metavar="USD", help="Spend at most this in a month through this key.")
     ] = None,
     models: Annotated[str, typer.Option(metavar="A,B", help="Only these models; all, when left out.")] = "",
     expires: Annotated[
         str | None, typer.Option(metavar="30d", help="Valid for this long; for good, if left out.")
     ] = None,
+    plan_cache: Annotated[
+        bool, typer.Option(help="Mark its prompts for the cache where its callers set no mark.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it: this once, it is stored as a hash."""
@@ -65,6 +68,7 @@ def create(
             budget_month_nanousd=None if budget_usd_month is None else inputs.nanousd(budget_usd_month),
             models=tuple(model.strip() for model in models.split(",")) if models else (),
             expires_at_ns=None if expires is None else now_ns + inputs.span_ns(expires),
+            plan_cache=plan_cache,
         )
     _print_issued(issued, as_json=as_json)
 
@@ -161,6 +165,7 @@ def _as_json(record: KeyRecord) -> dict[str, Any]:
         "budget_day_nanousd": record.budget_day_nanousd,
         "budget_month_nanousd": record.budget_month_nanousd,
         "models": list(record.models),
+        "plan_cache": record.plan_cache,
         "created_at": _time(record.created_at_ns),
         "expires_at": _time(record.expires_at_ns),
         "revoked_at": _time(record.revoked_at_ns),

@@ -23,6 +23,7 @@ COUNTING_CLASS = "count_tokens"
 """Class of `count_tokens`, which Anthropic limits apart from messages."""
 START_TIER: TierName = "tier2"
 """The article's; where no tier is set, its limits hold until Anthropic's headers say others."""
+MONEY = frozenset({"budget_usd_day", "budget_usd_month", "total_usd_day", "total_usd_month"})
 _PROBE_GRACE_S = 30.0
 """A probe of a breaker is lost when it takes this much longer than any answer may take to begin."""
 
@@ -122,7 +123,8 @@ def policies(settings: Settings, catalog: Catalog) -> Policies:
 
 
 def _tier(name: str, section: TierSection) -> Tier:
-    return Tier(name=name, **section.model_dump())
+    # Money is told to the budgets (`budgets.py`); a tier is about rates.
+    return Tier(name=name, **section.model_dump(exclude=MONEY))
 
 
 def _class_limits(pacing: PacingSection, *, rate_class: str, line: str) -> ClassLimits:

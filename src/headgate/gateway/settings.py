@@ -41,6 +41,7 @@ from headgate.wire.catalog import FOREVER_NS, Catalog, day_start_ns, packaged
 from headgate.wire.tiers import TierName
 
 Seconds = float
+Usd = Annotated[float, Field(gt=0, le=1_000_000)]
 NAME = "NAME"
 """Stands in `setting_names` where a table has names of its owner's choice: `tiers.NAME.rpm`."""
 _PER_MINUTE_MAX = 1_000_000_000
@@ -184,6 +185,12 @@ class TierSection(Section):
     """What those get who ask for the default model; empty: the default model."""
     background: bool = False
     """Waits behind everybody whose tier is not."""
+    budget_usd_day: Usd | None = None
+    """Of one person, over all of their keys; a UTC day."""
+    budget_usd_month: Usd | None = None
+    total_usd_day: Usd | None = None
+    """Of all people of the tier together."""
+    total_usd_month: Usd | None = None
 
 
 BUILT_IN_TIERS: Mapping[str, TierSection] = {
@@ -267,6 +274,63 @@ class BreakerSection(Section):
     """After Anthropic said that the account may spend no more, one call in this time asks again."""
 
 
+class CacheSection(Section):
+    """Prompt caching at Anthropic."""
+
+    plan: bool = True
+    """Mark the prompts of callers who set no mark themselves."""
+    single_flight: bool = True
+    """Of those who bring a prefix that is in no cache yet, one goes ahead."""
+    single_flight_wait_s: Seconds = Field(2.0, gt=0, le=60)
+    """The longest that the others wait for the first byte of that one's answer."""
+    ttl: Literal["auto", "5m", "1h"] = "auto"
+    """`auto`: by what the gaps between uses would cost."""
+    keep_warm: bool = False
+    """Refresh a prefix before it is lost, where that costs less than to write it again."""
+    keep_warm_usd_day: Usd = 1.0
+    """At most, over all prefixes; a UTC day."""
+    diagnostics: bool = True
+    """Ask Anthropic why a prompt missed, where its family has missed before."""
+
+
+class BudgetsSection(Section):
+    """Money that may be spent at most, over everybody. People, tiers and keys have budgets of their own."""
+
+    usd_day: Usd | None = None
+    usd_month: Usd | None = None
+    alert_usd_day: Usd = 20.0
+    """Beyond this an alert is raised, and nothing is stopped. The article's."""
+    clamp: bool = False
+    """Lower `max_tokens` to what is left of a budget, rather than refuse."""
+
+
+class VelocitySection(Section):
+    """When somebody spends so fast that it must be a mistake."""
+
+    enabled: bool = True
+    usd_per_10_min: Usd = 2.0
+    """Of one person or key."""
+    history_factor: float = Field(5.0, ge=1, le=1000)
+    """Or so many times what their busy ten minutes of the last week cost."""
+    hold_s: Seconds = Field(3600.0, gt=0, le=604_800)
+    """How long it is held to one request at a time."""
+
+
+class ReuseEndpointSection(Section):
+    """One label whose answers are used again."""
+
+    ttl_s: Seconds = Field(gt=0, le=2_592_000)
+    shared_by_users: bool = False
+    """One person of a key may get the answer that another one was given."""
+
+
+class ReuseSection(Section):
+    """Whole answers given again to the very same request of the same key."""
+
+    endpoints: dict[Label, ReuseEndpointSection] = {}
+    bytes_max: int = Field(64 << 20, ge=1024, le=1 << 40)
+
+
 class LogSection(Section):
     """What is written to standard output."""
 
@@ -286,6 +350,8 @@ class Settings(BaseSettings):
 
     anthropic_api_key: SecretStr = Field(SecretStr(""), validation_alias="ANTHROPIC_API_KEY")
     anthropic_api_key_file: Path | None = Field(None, validation_alias="ANTHROPIC_API_KEY_FILE")
+    anthropic_admin_key: SecretStr = Field(SecretStr(""), validation_alias="ANTHROPIC_ADMIN_KEY")
+    """For `headgate reconcile` alone."""
     default_model: str = Field("claude-sonnet-4-6", validation_alias="CLAUDE_MODEL")
     data_dir: Path = Path(".headgate")
     upstream_url: str = "https://api.anthropic.com"
@@ -304,6 +370,10 @@ class Settings(BaseSettings):
     breaker: BreakerSection = BreakerSection()
     routing: RoutingSection = RoutingSection()
     experiments: tuple[ExperimentSection, ...] = ()
+    cache: CacheSection = CacheSection()
+    budgets: BudgetsSection = BudgetsSection()
+    velocity: VelocitySection = VelocitySection()
+    reuse: ReuseSection = ReuseSection()
     ledger: LedgerSection = LedgerSection()
     log: LogSection = LogSection()
 
@@ -381,7 +451,10 @@ def host_port(value: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-LIVE = frozenset({"default_model", "queue", "pacing", "tiers", "retry", "breaker", "routing", "experiments"})
+LIVE = frozenset(
+    ("default_model", "queue", "pacing", "tiers", "retry", "breaker", "routing", "experiments")
+    + ("cache", "budgets", "velocity")
+)
 """What `reload` changes in a running gateway. Everything else is read when it starts."""
 
 

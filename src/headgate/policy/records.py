@@ -55,6 +55,8 @@ class Principal(Record, frozen=True, gc=False):
     concurrency: int | None = None
     budget_day_nanousd: int | None = None
     budget_month_nanousd: int | None = None
+    plan_cache: bool = True
+    """Whether prompts of this key are marked for the cache."""
 
 
 class Plan(Record, frozen=True, gc=False):
@@ -175,6 +177,8 @@ class LedgerEntry(Record, frozen=True, gc=False, omit_defaults=True):
     first_byte_ms: int | None
     total_ms: int
     attempts: tuple[AttemptEntry, ...]
+    family: str = ""
+    reused: bool = False
 
 
 # What the journal is told, in the order it happens. A call is `CallOpened`, then for each attempt `AttemptIntent`
@@ -195,6 +199,14 @@ class CallOpened(Record, frozen=True, gc=False, tag="opened", tag_field="event",
     streamed: bool
     conversation: str = ""
     arm: str = ""
+    family: str = ""
+    """Of prompts (`policy/prompt_families.py`); empty where none was told."""
+    prefix: str = ""
+    """Digest of the longest prefix that the prompt cache can hold, as it was sent; hex."""
+    prefix_tokens: int = 0
+    """An estimate."""
+    digest: str = ""
+    """Of the whole request: equal requests of one key have equal ones; hex."""
 
 
 class AttemptIntent(Record, frozen=True, gc=False, tag="intent", tag_field="event", omit_defaults=True):
@@ -252,6 +264,10 @@ class CallClosed(Record, frozen=True, gc=False, tag="closed", tag_field="event",
     first_byte_ms: int | None = None
     error_code: str = ""
     stop_reason: str = ""
+    reused: bool = False
+    """It was answered by the answer of an earlier call."""
+    saved_nanousd: int = 0
+    """What that one had cost. What caching saved is told by the attempts."""
 
 
 LedgerEvent = CallOpened | AttemptIntent | AttemptStarted | AttemptProgress | AttemptEnded | CallClosed

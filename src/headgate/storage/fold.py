@@ -74,6 +74,7 @@ class AttemptRow(msgspec.Struct, gc=False):
             self.price_id,
             self.cost_nanousd,
             self.saved_nanousd,
+            None,
         )
 
 
@@ -99,6 +100,13 @@ class CallRow(msgspec.Struct, gc=False):
     queue_ms: int = 0
     first_byte_ms: int | None = None
     total_ms: int = 0
+    family: str = ""
+    prefix: str = ""
+    prefix_tokens: int = 0
+    digest: str = ""
+    reused: bool = False
+    reused_nanousd: int = 0
+    """What a reused answer saved. Not a column: it is in `saved_nanousd`."""
     attempts: list[AttemptRow] = []
     """By number."""
 
@@ -129,7 +137,7 @@ class CallRow(msgspec.Struct, gc=False):
     def values(self) -> tuple[Any, ...]:  # Any: what a database driver takes
         """The row, in the order of the table's columns. Tokens are those of the last attempt, money that of all."""
         usage = self.attempts[-1].usage if self.attempts else NO_USAGE
-        cost_nanousd = saved_nanousd = 0
+        cost_nanousd, saved_nanousd = 0, self.reused_nanousd
         for attempt in self.attempts:
             cost_nanousd += attempt.cost_nanousd
             saved_nanousd += attempt.saved_nanousd
@@ -161,13 +169,18 @@ class CallRow(msgspec.Struct, gc=False):
             self.queue_ms,
             self.first_byte_ms,
             self.total_ms,
+            self.family,
+            self.prefix,
+            self.prefix_tokens,
+            self.digest,
+            self.reused,
         )
 
 
 def call_from_columns(call: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> CallRow:
     """The opposite of `values`: a call and its attempts from their rows, by the names of their columns."""
     row = CallRow(**{name: call[name] for name in CallRow.__struct_fields__ if name in call})
-    row.streamed = bool(row.streamed)
+    row.streamed, row.reused = bool(row.streamed), bool(row.reused)
     for attempt in tried:
         fields = {name: attempt[name] for name in AttemptRow.__struct_fields__ if name in attempt}
         row.attempts.append(AttemptRow(**{**fields, "usage": decode_usage(fields["usage"])}))
@@ -291,6 +304,10 @@ class Fold:
                 call.model = call.model or event.model_asked
                 call.arm = event.arm
                 call.streamed = event.streamed
+                call.family = event.family
+                call.prefix = event.prefix
+                call.prefix_tokens = event.prefix_tokens
+                call.digest = event.digest
             case AttemptIntent():
                 attempt = call.attempt(event.number)
                 attempt.model = event.model
@@ -331,3 +348,5 @@ class Fold:
                 call.first_byte_ms = event.first_byte_ms
                 call.error_code = event.error_code
                 call.stop_reason = event.stop_reason
+                call.reused = event.reused
+                call.reused_nanousd = event.saved_nanousd

@@ -20,7 +20,7 @@ import string
 import threading
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import msgspec
 import sqlalchemy as sa
@@ -28,6 +28,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from headgate.policy.records import Principal, Scope
+from headgate.storage.audit import Action, add_audit, broken_at
 from headgate.storage.database import begin_write
 from headgate.storage.interfaces import KeyRefused, KeysUnavailable
 from headgate.storage.tables import audit, keys
@@ -47,7 +48,6 @@ _BASE62 = string.digits + string.ascii_letters
 _NEVER_NS = 1 << 63
 _NO_HASH = bytes(32)
 _SCOPES = frozenset(get_args(Scope))
-Action = Literal["create", "revoke", "rotate"]
 
 _log = structlog.get_logger(__name__)
 
@@ -78,6 +78,8 @@ class KeyRecord(msgspec.Struct, frozen=True):
     expires_at_ns: int | None
     revoked_at_ns: int | None
     last_used_at_ns: int | None
+    plan_cache: bool
+    """Whether its prompts are marked for the cache."""
     previous_expires_at_ns: int | None
     """Until when the secret before the last rotation works."""
 
@@ -113,6 +115,7 @@ class KeyStore:
         budget_month_nanousd: int | None = None,
         models: Sequence[str] = (),
         expires_at_ns: int | None = None,
+        plan_cache: bool = True,
         actor: str = "cli",
     ) -> IssuedKey:
         """Make a key. Without an owner the name is the owner. Raises InvalidKeySpec."""
@@ -152,10 +155,11 @@ class KeyStore:
                     models=" ".join(dict.fromkeys(models)),
                     created_at_ns=now_ns,
                     expires_at_ns=expires_at_ns,
+                    plan_cache=int(plan_cache),
                 )
             )
             record = _get(connection, key_id)
-            _add_audit(connection, at_ns=now_ns, actor=actor, action="create", before=None, after=record)
+            _audited(connection, at_ns=now_ns, actor=actor, action="create", before=None, after=record)
         return IssuedKey(key, record)
 
     def list(self) -> list[KeyRecord]:
@@ -173,7 +177,7 @@ class KeyStore:
                 return before
             connection.execute(sa.update(keys).where(keys.c.id == key_id).values(revoked_at_ns=now_ns))
             after = _get(connection, key_id)
-            _add_audit(connection, at_ns=now_ns, actor=actor, action="revoke", before=before, after=after)
+            _audited(connection, at_ns=now_ns, actor=actor, action="revoke", before=before, after=after)
         return after
 
     def rotate(self, key_id: str, *, overlap_s: float = 86_400.0, actor: str = "cli") -> IssuedKey:
@@ -199,19 +203,13 @@ class KeyStore:
                 )
             )
             after = _get(connection, key_id)
-            _add_audit(connection, at_ns=now_ns, actor=actor, action="rotate", before=before, after=after)
+            _audited(connection, at_ns=now_ns, actor=actor, action="rotate", before=before, after=after)
         return IssuedKey(key, after)
 
     def audit_broken_at(self) -> int | None:
         """The id of the first row of the audit that is not what was written, or whose predecessor is gone."""
         with self._engine.connect() as connection:
-            previous = b""
-            for row in connection.execute(sa.select(audit).order_by(audit.c.id)):
-                content = (row.at_ns, row.actor, row.action, row.key_id, row.before, row.after)
-                if row.digest != _digest(previous, content):
-                    return int(row.id)
-                previous = row.digest
-        return None
+            return broken_at(connection)
 
 
 class _Door(msgspec.Struct, frozen=True, gc=False):
@@ -336,6 +334,7 @@ def _door(row: Any) -> _Door:  # Any: SQLAlchemy's RowMapping has no types for c
         concurrency=row["concurrency"],
         budget_day_nanousd=row["budget_day_nanousd"],
         budget_month_nanousd=row["budget_month_nanousd"],
+        plan_cache=bool(row["plan_cache"]),
     )
     return _Door(
         secret_hash=row["secret_hash"],
@@ -348,7 +347,8 @@ def _door(row: Any) -> _Door:  # Any: SQLAlchemy's RowMapping has no types for c
 
 def _record(row: Any) -> KeyRecord:  # Any: as above
     values = {name: row[name] for name in KeyRecord.__struct_fields__}
-    return KeyRecord(**{**values, "scopes": tuple(row["scopes"].split()), "models": tuple(row["models"].split())})
+    lists = {name: tuple(row[name].split()) for name in ("scopes", "models")}
+    return KeyRecord(**{**values, **lists, "plan_cache": bool(row["plan_cache"])})
 
 
 def _get(connection: sa.Connection, key_id: str) -> KeyRecord:
@@ -370,7 +370,7 @@ def _new_key(key_id: str) -> str:
     return f"hg_{key_id}_{secret}"
 
 
-def _add_audit(
+def _audited(
     connection: sa.Connection,
     *,
     at_ns: int,
@@ -379,12 +379,12 @@ def _add_audit(
     before: KeyRecord | None,
     after: KeyRecord,
 ) -> None:
-    previous = connection.execute(sa.select(audit.c.digest).order_by(audit.c.id.desc()).limit(1)).scalar()
-    texts = ["" if record is None else msgspec.json.encode(record).decode() for record in (before, after)]
-    content = (at_ns, actor, action, after.id, *texts)
-    values = dict(zip(("at_ns", "actor", "action", "key_id", "before", "after"), content, strict=True))
-    connection.execute(sa.insert(audit).values(**values, digest=_digest(previous or b"", content)))
-
-
-def _digest(previous: bytes, content: tuple[Any, ...]) -> bytes:  # Any: the values of a row
-    return sha256(previous + msgspec.json.encode(content)).digest()
+    add_audit(
+        connection,
+        at_ns=at_ns,
+        actor=actor,
+        action=action,
+        key_id=after.id,
+        before=b"" if before is None else msgspec.json.encode(before),
+        after=msgspec.json.encode(after),
+    )

@@ -287,6 +287,8 @@ def call_json(entry: LedgerEntry) -> dict[str, object]:
         "queue_ms": entry.queue_ms,
         "first_byte_ms": entry.first_byte_ms,
         "total_ms": entry.total_ms,
+        "family": entry.family,
+        "reused": entry.reused,
         "attempts": [
             {
                 "number": attempt.number,
@@ -436,7 +438,7 @@ def _attempt_entry(row: sa.RowMapping) -> AttemptEntry:
 def _ledger_entry(row: sa.RowMapping, tried: tuple[AttemptEntry, ...]) -> LedgerEntry:
     named = {name: row[name] for name in LedgerEntry.__struct_fields__ if name in row}
     return LedgerEntry(
-        **{**named, "streamed": bool(row["streamed"])},
+        **{**named, "streamed": bool(row["streamed"]), "reused": bool(row["reused"])},
         user=row["user_id"],
         usage=tried[-1].usage if tried else NO_USAGE,
         attempts=tried,

@@ -49,6 +49,11 @@ calls = sa.Table(
     _count("queue_ms"),
     sa.Column("first_byte_ms", sa.BigInteger),
     _count("total_ms"),
+    _text("family"),  # of prompts, as policy/prompt_families.py tells them apart
+    _text("prefix"),  # digest of the longest prefix that the prompt cache can hold; hex
+    _count("prefix_tokens"),  # an estimate
+    _text("digest"),  # of the whole request; hex
+    _count("reused"),  # 1: the answer of an earlier call
     sa.Index("calls_by_time", "at_ns", "call_id"),
     sa.Index("calls_open", "writer", sqlite_where=sa.text("state = 'open'")),
     sqlite_with_rowid=False,
@@ -71,6 +76,7 @@ attempts = sa.Table(
     _text("price_id"),
     _count("cost_nanousd"),
     _count("saved_nanousd"),
+    sa.Column("estimated_nanousd", sa.BigInteger),  # what an estimate said before a reconciliation corrected it
     sqlite_with_rowid=False,
 )
 
@@ -102,6 +108,7 @@ keys = sa.Table(
     sa.Column("last_used_at_ns", sa.BigInteger),
     sa.Column("otpm", sa.Integer),
     sa.Column("concurrency", sa.Integer),
+    sa.Column("plan_cache", sa.Integer, nullable=False, server_default="1"),
 )
 
 audit = sa.Table(
@@ -116,4 +123,55 @@ audit = sa.Table(
     _text("before"),  # JSON of the key as it is shown, empty when it did not exist
     _text("after"),
     sa.Column("digest", sa.LargeBinary, nullable=False),  # SHA-256 of this row and the digest before it
+)
+
+cache_families = sa.Table(
+    "cache_families",
+    metadata,
+    sa.Column("family", sa.Text, primary_key=True),
+    _text("key_id"),
+    _text("endpoint"),
+    _text("model"),
+    _text("detail", "{}"),  # JSON: what its prompts are like, and the TTL that pays
+    sa.Column("updated_at_ns", sa.BigInteger, nullable=False),
+)
+
+cache_findings = sa.Table(
+    "cache_findings",
+    metadata,
+    sa.Column("family", sa.Text, primary_key=True),
+    sa.Column("cause", sa.Text, primary_key=True),
+    sa.Column("day", sa.Integer, primary_key=True),  # UTC days since 1970
+    _count("count"),
+    _count("lost_nanousd"),
+    sa.Column("first_at_ns", sa.BigInteger, nullable=False),
+    sa.Column("last_at_ns", sa.BigInteger, nullable=False),
+    _text("detail", "{}"),  # JSON: where the prompts parted, with redacted snippets
+)
+
+alerts = sa.Table(
+    "alerts",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at_ns", sa.BigInteger, nullable=False),
+    _text("kind"),
+    _text("subject"),
+    _text("message"),
+    _text("detail", "{}"),  # JSON
+    sa.Column("ended_at_ns", sa.BigInteger),
+    _text("ended_by"),
+    sa.Index("alerts_by_time", "at_ns"),
+)
+
+reconciliations = sa.Table(
+    "reconciliations",
+    metadata,
+    sa.Column("day", sa.Integer, primary_key=True),  # UTC days since 1970
+    sa.Column("model", sa.Text, primary_key=True),
+    sa.Column("workspace", sa.Text, primary_key=True),
+    _count("ledger_nanousd"),
+    _count("reported_nanousd"),
+    _count("corrected_nanousd"),
+    sa.Column("at_ns", sa.BigInteger, nullable=False),
+    _text("detail", "{}"),  # JSON: tokens by kind on both sides, and what the gap comes from
 )

@@ -47,6 +47,8 @@ class LogLine(msgspec.Struct, frozen=True, gc=False):
     saved_nanousd: int = 0
     stop_reason: str = ""
     upstream_request_id: str = ""
+    family: str = ""
+    reused: bool = False
 
 
 _encoder = msgspec.json.Encoder()
