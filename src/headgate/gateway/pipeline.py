@@ -7,16 +7,13 @@ keeps the ledger, and settles the bill. What it is not: HTTP (`server.py`, `upst
 from __future__ import annotations
 
 import asyncio
-import functools
-import math
 from collections.abc import Callable
-from datetime import UTC, datetime
 from hashlib import blake2b
 
 import msgspec
 import structlog
 
-from headgate.gateway import forwarding, refusals
+from headgate.gateway import forwarding, own_headers, refusals
 from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
 from headgate.gateway.policies import Policies
 from headgate.gateway.relay import ClientStream, Relay
@@ -526,15 +523,12 @@ class MessageCall:
             call.abandoned()
             return
         call.commit()
-        cache = b"read" if usage.cache_read_tokens else b"none"
-        if not usage.cache_read_tokens and usage.cache_write_5m_tokens + usage.cache_write_1h_tokens:
-            cache = b"write"
-        lines = b"%b%bx-headgate-cost-usd: %d.%09d\r\nx-headgate-cache: %b\r\n" % (
-            forwarding.response_lines(answer.headers),
-            self._own_lines(),
-            *divmod(cost_nanousd, 1_000_000_000),
-            cache,
+        bill = own_headers.bill_lines(
+            cost_nanousd,
+            cache_read=usage.cache_read_tokens,
+            cache_written=usage.cache_write_5m_tokens + usage.cache_write_1h_tokens,
         )
+        lines = forwarding.response_lines(answer.headers) + self._own_lines() + bill
         call.completed(200)
         self._exchange.respond(200, lines, body)
 
@@ -697,18 +691,14 @@ class MessageCall:
         call, plan = self._call, self._plan
         assert call is not None
         assert plan is not None
-        lines = b"x-headgate-model: %b\r\nx-headgate-attempts: %d\r\nx-headgate-queue-ms: %d\r\n" % (
-            _header_value(call.model),
-            call.attempts,
-            self._queue_ms(),
+        lines = own_headers.attempt_lines(
+            model=call.model,
+            attempts=call.attempts,
+            queue_ms=self._queue_ms(),
+            asked_first=plan.models[0],
+            fallback_reason=call.fallback_reason,
         )
-        reason = call.fallback_reason
-        if reason:
-            lines += b"x-headgate-fallback: from=%b; reason=%b\r\n" % (
-                _header_value(plan.models[0]),
-                _header_value(reason),
-            )
-        return lines + self._limit_lines()
+        return lines + own_headers.limit_lines(self._pipeline.traffic.limits, self._subjects, self._pipeline.now_ns())
 
     # the turn
 
@@ -774,25 +764,6 @@ class MessageCall:
 
     def _subjects_of_retry(self) -> tuple[Subject, ...]:
         return subjects_of(self._principal, self._whose, self._tier, first=False)
-
-    def _limit_lines(self) -> bytes:
-        """The caller's own limit, the one that is nearest, where Anthropic's headers told of ours."""
-        pipeline = self._pipeline
-        limits = pipeline.traffic.limits
-        nearest: tuple[float, float, float] | None = None
-        for subject in self._subjects:
-            level = limits.subject_level(subject)
-            if level is not None and subject.rpm is not None and (nearest is None or level < nearest[0]):
-                nearest = (level, subject.rpm, subject.burst_s)
-        if nearest is None:
-            return b""
-        level, rpm, burst_s = nearest
-        full_in_s = max(rpm / 60 * burst_s - level, 0.0) * 60 / rpm
-        return (
-            b"anthropic-ratelimit-requests-limit: %d\r\nanthropic-ratelimit-requests-remaining: %d\r\n"
-            b"anthropic-ratelimit-requests-reset: %b\r\n"
-            % (rpm, max(level, 0), _reset_text(math.ceil(pipeline.now_ns() / 1e9 + full_in_s)))
-        )
 
     def _queue_ms(self) -> int:
         return round(self._queued_s * 1000)
@@ -903,18 +874,3 @@ class MessageCall:
                 upstream_request_id=request_id(self._last_answer),
             )
         )
-
-
-@functools.lru_cache(maxsize=4096)
-def _reset_text(at_s: int) -> bytes:
-    """RFC 3339 in UTC, as Anthropic writes the end of a limit."""
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ").encode()
-
-
-_CONTROL = bytes(range(32)) + b"\x7f"
-
-
-@functools.lru_cache(maxsize=256)
-def _header_value(text: str) -> bytes:
-    """A caller's text as it may stand in a header: one line, ASCII."""
-    return text.encode("ascii", "replace").translate(None, _CONTROL)

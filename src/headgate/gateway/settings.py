@@ -452,8 +452,19 @@ def host_port(value: str) -> tuple[str, int]:
 
 
 LIVE = frozenset(
-    ("default_model", "queue", "pacing", "tiers", "retry", "breaker", "routing", "experiments")
-    + ("cache", "budgets", "velocity")
+    {
+        "default_model",
+        "queue",
+        "pacing",
+        "tiers",
+        "retry",
+        "breaker",
+        "routing",
+        "experiments",
+        "cache",
+        "budgets",
+        "velocity",
+    }
 )
 """What `reload` changes in a running gateway. Everything else is read when it starts."""
 
