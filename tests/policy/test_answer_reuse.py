@@ -1,6 +1,7 @@
 """What may be given a second time: keys that nothing confuses, every end of an answer, records that were damaged."""
 
 import itertools
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -249,6 +250,22 @@ def test_a_stream_with_something_foreign_in_it_is_not_kept() -> None:
         assert judged(b"".join([*frames, foreign])) == "not_whole"
     assert judged(b": comment\n\n" + b"".join(frames)) == ""
     assert judged(b"".join(frames).replace(b"\n", b"\r\n")) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "reason"),
+    [
+        ("short_stream", "claude-sonnet-4-6", ""),
+        ("thinking_summarized", "claude-sonnet-4-6", ""),
+        ("server_tools_cumulative", "claude-sonnet-4-6", "content"),
+        ("thinking_omitted_tool_use", "claude-haiku-5-5", "stop_reason:other"),
+        ("refusal_mid_stream", "claude-opus-4-7", "stop_reason:other"),
+        ("error_mid_stream", "claude-sonnet-4-6", "not_whole"),
+    ],
+)
+def test_transcripts_of_real_shape_are_judged_as_they_ended(name: str, model: str, reason: str) -> None:
+    body = (Path(__file__).parents[1] / "transcripts" / f"{name}.sse").read_bytes()
+    assert judged(body, asked=model) == reason
 
 
 def test_what_is_no_message_is_not_kept() -> None:

@@ -238,8 +238,9 @@ async def test_a_full_disk_is_told_as_unavailable_and_is_no_end(small_disk: Path
         await answers.put("k", b"a", owner="an", ttl_s=60)
         ballast = fill()
         with pytest.raises(AnswersUnavailable):
-            await answers.put("big", b"a" * (1 << 20), owner="an", ttl_s=60)
+            await answers.put("k", b"a" * (1 << 20), owner="an", ttl_s=60)
         ballast.unlink()
+        assert await answers.get("k", owner="an") == b"a", "what could not be replaced is still there"
         assert await answers.put("again", b"a", owner="an", ttl_s=60)
         assert await answers.get("again", owner="an") == b"a"
 
