@@ -18,6 +18,9 @@ COMMANDS = {
     "usage": ("reports", "requests, tokens, latency and cost, by user, key, model, …"),
     "calls": ("reports", "the latest calls, one by one"),
     "bill": ("reports", "this month so far, and where it is going"),
+    "alerts": ("alerts", "what should be looked at, such as runaway spending"),
+    "reconcile": ("reconcile", "compare the ledger with Anthropic's report, and correct estimates"),
+    "cache": ("cache", "what the prompt cache saved and lost and why, and a check of prompt files"),
     "config": ("config", "check and show the settings"),
     "db": ("db", "bring the database to this version"),
 }

@@ -14,6 +14,7 @@ from headgate.simulator.http import Reply, Request
 from headgate.simulator.jsonvalue import JsonObject
 from headgate.simulator.listing import list_models, model_info, parameters
 from headgate.simulator.messages import Call, count_tokens, create_message, scope_headers, send_error, send_json
+from headgate.simulator.models import Catalogue
 from headgate.simulator.reports import cost_report, usage_report
 from headgate.simulator.validate import check_version
 from headgate.simulator.world import World
@@ -74,12 +75,16 @@ class App:
                 send_error(call, default_error(404))
 
 
-def _report(call: Call, report: Callable[[Iterable[Line], Mapping[str, Sequence[str]], str], JsonObject]) -> None:
+Report = Callable[[Iterable[Line], Mapping[str, Sequence[str]], str, Catalogue, float], JsonObject]
+
+
+def _report(call: Call, report: Report) -> None:
     world, request = call.world, call.request
     try:
         check_version(request.header("anthropic-version"))
-        scope = world.keys.identify(request)
-        body = report(world.bill.lines, parameters(request.query), scope.organization)
+        scope = world.keys.identify_admin(request)
+        query = parameters(request.query)
+        body = report(world.bill.lines, query, scope.organization, world.catalogue, world.wall())
     except Rejected as rejected:
         send_error(call, rejected.error)
         return

@@ -30,22 +30,31 @@ def price_of(model: Model, usage: Usage, day: date) -> Price:
     return max(rows, key=lambda row: row.prompt_over_tokens)
 
 
-def cost_nanousd(catalogue: Catalogue, model: Model, usage: Usage, day: date) -> int:
-    """The charge for one response, rounded half up once, at its end."""
+def charges(catalogue: Catalogue, model: Model, usage: Usage, day: date) -> list[tuple[str, Decimal]]:
+    """What is charged for each kind of token, and for web searches, in pico-dollars, not rounded; what is not there
+    is left out. Kinds have the names of the cost report's `token_type`.
+    """
     row = price_of(model, usage, day)
     modifiers = catalogue.modifiers
-    tokens_picousd = Decimal(
-        usage.input_tokens * row.input_picousd
-        + usage.read_tokens * row.read_picousd
-        + usage.write_5m_tokens * row.write_5m_picousd
-        + usage.write_1h_tokens * row.write_1h_picousd
-        + usage.output_tokens * row.output_picousd
-    )
+    factor = Decimal(1)
     if usage.service_tier == "batch":
-        tokens_picousd *= modifiers.batch
+        factor *= modifiers.batch
     if usage.inference_geo == "us" and model.us:
-        tokens_picousd *= modifiers.us_inference
-    total_picousd = tokens_picousd + usage.web_searches * modifiers.web_search_picousd
+        factor *= modifiers.us_inference
+    found = [
+        ("uncached_input_tokens", usage.input_tokens * row.input_picousd * factor),
+        ("cache_read_input_tokens", usage.read_tokens * row.read_picousd * factor),
+        ("cache_creation.ephemeral_5m_input_tokens", usage.write_5m_tokens * row.write_5m_picousd * factor),
+        ("cache_creation.ephemeral_1h_input_tokens", usage.write_1h_tokens * row.write_1h_picousd * factor),
+        ("output_tokens", usage.output_tokens * row.output_picousd * factor),
+        ("web_search", Decimal(usage.web_searches * modifiers.web_search_picousd)),
+    ]
+    return [(kind, picousd) for kind, picousd in found if picousd]
+
+
+def cost_nanousd(catalogue: Catalogue, model: Model, usage: Usage, day: date) -> int:
+    """The charge for one response, rounded half up once, at its end."""
+    total_picousd = sum((picousd for _, picousd in charges(catalogue, model, usage, day)), Decimal(0))
     return int((total_picousd / PICO_PER_NANO).quantize(Decimal(1), rounding=ROUND_HALF_UP))
 
 
@@ -65,6 +74,11 @@ class Line:
     cost_nanousd: int
     complete: bool
     """False for a stream that was cut: its output is what had been produced."""
+
+    @property
+    def day(self) -> date:
+        """The day (UTC) whose prices it was charged."""
+        return _day(self.wall_s)
 
 
 @dataclass(slots=True)
