@@ -133,8 +133,8 @@ def write(
     after_nanousd = sum(one.after_nanousd for one in corrections)
     workspace = lines[0].workspace if lines else ""
     with begin_write(engine) as connection:
-        for one in corrections:
-            _correct(connection, one)
+        if corrections:
+            _correct(connection, corrections)
         for line in lines:
             _keep(connection, line, now_ns=now_ns)
         if corrections:
@@ -183,22 +183,36 @@ def _tokens(usage: Usage) -> Tokens:
     )
 
 
-def _correct(connection: sa.Connection, one: Correction) -> None:
+def _correct(connection: sa.Connection, corrections: Sequence[Correction]) -> None:
+    of_call: sa.BindParameter[str] = sa.bindparam("of_call")
+    # Many at once: the write lock, which the fold waits for, is held 0.2 s for 10,000, and 2.8 s by a statement for each.
     changed = connection.execute(
         sa.update(attempts)
         .where(
-            attempts.c.call_id == one.call_id,
-            attempts.c.number == one.number,
+            attempts.c.call_id == of_call,
+            attempts.c.number == sa.bindparam("of_number"),
+            attempts.c.cost_nanousd == sa.bindparam("said"),
             attempts.c.state == "estimated",
-            attempts.c.cost_nanousd == one.before_nanousd,
         )
-        .values(cost_nanousd=one.after_nanousd, estimated_nanousd=one.estimated_nanousd)
+        .values(cost_nanousd=sa.bindparam("now"), estimated_nanousd=sa.bindparam("first")),
+        [
+            {
+                "of_call": one.call_id,
+                "of_number": one.number,
+                "said": one.before_nanousd,
+                "now": one.after_nanousd,
+                "first": one.estimated_nanousd,
+            }
+            for one in corrections
+        ],
     )
-    if changed.rowcount != 1:
-        raise LedgerChanged(f"{one.call_id}, attempt {one.number}")
-    more_nanousd = one.after_nanousd - one.before_nanousd
+    if changed.rowcount != len(corrections):
+        raise LedgerChanged(f"{len(corrections) - changed.rowcount:,} of {len(corrections):,} attempts")
     connection.execute(
-        sa.update(calls).where(calls.c.call_id == one.call_id).values(cost_nanousd=calls.c.cost_nanousd + more_nanousd)
+        sa.update(calls)
+        .where(calls.c.call_id == of_call)
+        .values(cost_nanousd=calls.c.cost_nanousd + sa.bindparam("more")),
+        [{"of_call": one.call_id, "more": one.after_nanousd - one.before_nanousd} for one in corrections],
     )
 
 
