@@ -68,7 +68,7 @@ def test_caching_off_makes_everything_input() -> None:
 
 def test_a_prefix_is_written_once_read_while_it_lives_and_written_again_after() -> None:
     plain = Usage(input_tokens=8_300, output_tokens=0)
-    facts = {"prefix_tokens": 8_000, "input_tokens_estimate": 8_300}
+    facts = {"prefix_tokens": 8_000}
     rows = [row(at_s, plain, **facts) for at_s in (0, 100, 399, 700)]
     five = replayed(Policy(cache=True), rows)
     # Read at 100 s and, refreshed by that, at 399 s; at 700 s it has been unused for 301 s.
@@ -80,7 +80,7 @@ def test_a_prefix_is_written_once_read_while_it_lives_and_written_again_after() 
 
 def test_who_comes_before_the_first_byte_writes_too_unless_it_may_wait() -> None:
     plain = Usage(input_tokens=8_300)
-    facts = {"prefix_tokens": 8_000, "input_tokens_estimate": 8_300}
+    facts = {"prefix_tokens": 8_000}
     rows = [row(at_s, plain, **facts) for at_s in (0, 0.4, 0.5)]
     assert tokens(replayed(Policy(cache=True), rows).projected)[1:3] == (8_000, 16_000)
     assert tokens(replayed(Policy(cache=True, wait_s=2.0), rows).projected)[1:3] == (16_000, 8_000)
@@ -88,12 +88,14 @@ def test_who_comes_before_the_first_byte_writes_too_unless_it_may_wait() -> None
 
 def test_a_later_turn_reads_the_turn_before() -> None:
     usages = [Usage(cache_write_5m_tokens=2_100), Usage(cache_read_tokens=2_100, cache_write_5m_tokens=300)]
-    turns = [row(60 * number, usage, conversation="c") for number, usage in enumerate(usages)]
-    turns.append(row(1_000, Usage(cache_write_5m_tokens=2_700), conversation="c"))
+    facts = {"conversation": "c", "prefix_tokens": 2_000}
+    turns = [row(60 * number, usage, **facts) for number, usage in enumerate(usages)]
+    turns.append(row(1_000, Usage(cache_write_5m_tokens=2_700), **facts))
     five = replayed(Policy(ttl="5m"), turns)
     assert tokens(five.projected) == (0, 2_100, 5_100, 0, 0)
     hour = replayed(Policy(ttl="1h"), turns)
-    assert tokens(hour.projected) == (0, 2_100 + 2_400, 0, 2_100 + 300 + 300, 0)
+    # The prefix lives for an hour, as long as it was estimated and then seen to be; the turns live for 5 minutes.
+    assert tokens(hour.projected) == (0, 2_100 + 2_100, 100 + 300 + 600, 2_000, 0)
 
 
 def test_another_generation_takes_more_tokens_of_prompt_and_answer() -> None:
@@ -113,9 +115,7 @@ def test_a_prompt_below_the_other_models_minimum_loses_caching_and_is_counted() 
     assert tokens(found.projected) == (4_200, 0, 0, 0, 20)
     assert [(one.code, one.calls) for one in found.breaks if one.calls] == [("below_cache_minimum", 2)]
     # The other way: what Haiku 4.5 could not cache, 5.5 does.
-    short = [
-        row(at, Usage(input_tokens=2_100), model=HAIKU, prefix_tokens=20, input_tokens_estimate=21) for at in (0, 9)
-    ]
+    short = [row(at, Usage(input_tokens=2_100), model=HAIKU, prefix_tokens=2_000) for at in (0, 9)]
     assert tokens(replayed(Policy(model=HAIKU_55), short).projected)[1] == round(2_000 * 43 / 34)
 
 
@@ -190,10 +190,10 @@ def test_rows_out_of_order_are_refused_and_memory_is_bounded() -> None:
     with pytest.raises(ValueError, match="order"):
         replayed(AS_RECORDED, [row(1, Usage()), row(0, Usage())])
     replay = Replay(Policy(cache=True, reuse=True), CATALOG, since_ns=0, now_ns=BEGAN_NS)
-    template = row(0, Usage(input_tokens=9_000), prefix_tokens=8_000, input_tokens_estimate=9_000)
+    template = row(0, Usage(input_tokens=9_000), prefix_tokens=8_000)
     for number in range(ENTRIES_MAX // 50):
         replay.add(msgspec.structs.replace(template, prefix=str(number), digest=str(number), conversation=str(number)))
-    assert len(replay._shared) == len(replay._answers) == len(replay._turns) == ENTRIES_MAX // 50 <= ENTRIES_MAX
+    assert len(replay._shared) == len(replay._answers) == len(replay._last_turn) == ENTRIES_MAX // 50
 
 
 # A second reckoning: every call looks back over all calls before it, with floats and no state.
@@ -222,9 +222,8 @@ def oracle(rows, model: str, ttl_s: float, *, old: bool) -> int:
             if reads[before] or at >= other.at_ns - BEGAN_NS + other.first_byte_ms * 1_000_000:
                 reads[-1] = True
                 break
-        share = one.prefix_tokens / one.input_tokens_estimate
         prompt = round(one.usage.prompt_tokens * factor)
-        prefix = round(one.usage.prompt_tokens * factor * share)
+        prefix = round(one.prefix_tokens * factor)
         output = round(one.usage.output_tokens * factor)
         total += prefix * (read_price if reads[-1] else write_price) + (prompt - prefix) * in_price + output * out_price
     return total
@@ -241,7 +240,7 @@ def test_a_simpler_reckoning_comes_to_the_same_bill(model, ttl, seed) -> None:
         at_s += dice.choice([0.05, 0.3, 5.0, 80.0, 299.0, 301.0, 2_000.0])
         prefix = dice.randrange(6)
         usage = Usage(input_tokens=lengths[prefix] + dice.randrange(100, 900), output_tokens=dice.randrange(1, 500))
-        facts = {"prefix_tokens": lengths[prefix], "input_tokens_estimate": usage.input_tokens}
+        facts = {"prefix_tokens": lengths[prefix]}
         rows.append(row(at_s, usage, prefix=f"p{prefix}", first_byte_ms=dice.choice([100, 400, 6_000]), **facts))
     found = replayed(Policy(model=model, cache=True, ttl=ttl), rows)
     own = oracle(rows, model, 300 if ttl == "5m" else 3_600, old=model == HAIKU_55)

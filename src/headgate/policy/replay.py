@@ -13,8 +13,9 @@ The rules, in short:
   prefix (`prefix`, shared by everybody), or the whole prompt of the turn before in its conversation. The rest up to its
   last mark is written. An entry can be used from the first byte of its writer's answer, and lives for its TTL from the
   start of the last call that used it.
-- The last mark is where the recorded one was; of a call that recorded none, the end of the prompt in a conversation,
-  and of the prefix otherwise. What is shorter than the model's minimum is not cached.
+- The last mark is where the recorded one was. Of a call that recorded none it is the end of the prompt in a
+  conversation that goes on, by what others of its key and endpoint did, and the end of the prefix otherwise. What is
+  shorter than the model's minimum is not cached.
 - Of the calls that a batch can take (not streamed, or of an endpoint that was named; at standard speed) every n-th goes
   into one, evenly by their order, and costs half.
 - A call that equals one of the same key, which was answered whole within the reuse TTL, costs nothing.
@@ -37,6 +38,12 @@ from headgate.wire.usage import NO_USAGE, IterationUsage, Usage
 Ttl = Literal["5m", "1h"]
 TTL_NS: dict[Ttl, int] = {"5m": 300 * 10**9, "1h": 3_600 * 10**9}
 ENTRIES_MAX = 200_000
+FIRST_TURNS_MIN = 8
+"""Conversations of a key and endpoint that must have begun before their first turns are marked at the end."""
+GOES_ON_SHARE = Fraction(28, 100)
+"""A write costs a quarter more than input, and a read saves nine tenths: so many must be read for one to pay."""
+READ_OF_PREFIX_MAX = Fraction(3, 2)
+"""A read longer than this, of the prefix as it was estimated, reached beyond it."""
 WARM_UP_NS = TTL_NS["1h"]
 """How far before the span its rows must begin, for the cache to be as warm as it was."""
 
@@ -74,8 +81,7 @@ class ReplayRow(Record, frozen=True, gc=False):
     family: str = ""
     prefix: str = ""
     prefix_tokens: int = 0
-    """By the gateway's estimate, as `input_tokens_estimate` is: only their proportion is used."""
-    input_tokens_estimate: int = 0
+    """In tokens of the row's model: an estimate, or what Anthropic counted once it had."""
     max_tokens: int = 0
     digest: str = ""
     complete: bool = True
@@ -95,6 +101,7 @@ class Policy(Record, frozen=True):
 
     model: str | None = None
     ttl: Ttl | None = None
+    """Of shared prefixes; the ends of conversations are kept for 5 minutes, as the gateway marks them."""
     cache: bool | None = None
     batch_share: Fraction = Fraction(0)
     """0 to 1, of the calls that a batch can take."""
@@ -185,6 +192,15 @@ class _Answer(msgspec.Struct, frozen=True, gc=False):
     until_ns: int
 
 
+class _TurnCounts(msgspec.Struct):
+    """Of a key and endpoint: first and later turns of conversations, and how many of each another followed in time."""
+
+    first: int = 0
+    first_went_on: int = 0
+    later: int = 0
+    later_went_on: int = 0
+
+
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 _NUMBERS = 6
@@ -219,6 +235,8 @@ class Replay:
         self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
         self._ttl_seen: OrderedDict[str, tuple[Ttl, Ttl]] = OrderedDict()
         self._lengths: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._last_turn: OrderedDict[tuple[str, str], tuple[int, bool]] = OrderedDict()
+        self._turns_of: OrderedDict[tuple[str, str], _TurnCounts] = OrderedDict()
         self._ratios: dict[str, Fraction] = {}
         self._eligible = self._batched = self._reused = 0
         self._last_ns = -(1 << 63)
@@ -400,7 +418,7 @@ class Replay:
             return 0, 0, 0
         if not was_marked and policy.cache is None and not self._was_below_minimum(row, shared, ratio):
             return 0, 0, 0
-        marked = min(scaled(was_marked, ratio), prompt) if was_marked else prompt if row.conversation else shared
+        marked = min(scaled(was_marked, ratio), prompt) if was_marked else prompt if self._goes_on(row) else shared
         shared = min(shared, marked)
         if marked < minimum:
             self._break("below_cache_minimum", counts=counts)
@@ -433,11 +451,12 @@ class Replay:
         return read, written["5m"], written["1h"]
 
     def _shared_tokens(self, row: ReplayRow, was_marked: int, ratio: Fraction) -> int:
-        """How long the shared prefix is, in tokens of the model that is asked: as was seen, or else by the estimate's
-        proportion to the whole prompt."""
+        """How long the shared prefix is, in tokens of the model that is asked: as was seen, or else by estimate."""
         if not row.prefix:
             return 0
         seen = row.usage.cache_read_tokens if row.conversation else was_marked
+        if row.conversation and row.prefix_tokens and seen > READ_OF_PREFIX_MAX * row.prefix_tokens:
+            seen = 0  # what was read is the turn before
         key = (row.model, row.prefix)
         known = self._lengths.get(key)
         if seen and (known is None or seen < known):
@@ -446,9 +465,6 @@ class Replay:
             _remember(self._lengths, key, seen)
         if known is not None:
             return scaled(known, ratio)
-        if row.input_tokens_estimate:
-            part = Fraction(min(row.prefix_tokens, row.input_tokens_estimate), row.input_tokens_estimate)
-            return scaled(row.usage.prompt_tokens, ratio * part) if part else 0
         return scaled(row.prefix_tokens, ratio)
 
     def _was_below_minimum(self, row: ReplayRow, shared: int, ratio: Fraction) -> bool:
@@ -456,11 +472,31 @@ class Replay:
         known = self._catalog.resolve(row.model)
         return known is not None and 0 < shared / ratio < known.cache_min_tokens
 
+    def _goes_on(self, row: ReplayRow) -> bool:
+        """Whether a turn is marked at its end: when such turns were followed by another often enough to pay for it."""
+        if not row.conversation:
+            return False
+        key = (row.key_id, row.conversation)
+        last = self._last_turn.get(key)
+        turns = self._turns_of.get((row.key_id, row.endpoint))
+        if turns is None:
+            turns = _TurnCounts()
+            _remember(self._turns_of, (row.key_id, row.endpoint), turns)
+        if last is not None and row.at_ns - last[0] < TTL_NS["5m"]:
+            turns.later_went_on += last[1]
+            turns.first_went_on += not last[1]
+        turns.later += last is not None
+        turns.first += last is None
+        _remember(self._last_turn, key, (row.at_ns, last is not None))
+        if last is None:
+            return turns.first > FIRST_TURNS_MIN and turns.first_went_on >= GOES_ON_SHARE * turns.first
+        return turns.later_went_on + 1 >= GOES_ON_SHARE * turns.later
+
     def _ttls(self, row: ReplayRow) -> tuple[Ttl, Ttl]:
         """Of the shared prefix and of what comes after it. Where the policy leaves them: as its calls were seen to
         write, 5 minutes until one was seen."""
         if self._policy.ttl is not None:
-            return self._policy.ttl, self._policy.ttl
+            return self._policy.ttl, "5m"
         used = row.usage
         known = self._ttl_seen.get(row.prefix, ("5m", "5m"))
         seen = known

@@ -4,8 +4,9 @@ What it is: arithmetic over the catalogue's prices of one day. What it is not: a
 the replay), nor advice on which model is good enough.
 
 Assumptions, which the command prints: a month is 30 days; requests come at random (Poisson) at one rate all day; all
-share one system prompt; the turns of a conversation are `turn_gap_s` apart; every token count is of the model named in
-the workload and is converted for the other tokenizer. Money is exact fractions, rounded once.
+share one system prompt; the turns of a conversation are `turn_gap_s` apart, and its end is kept for 5 minutes; every
+token count is of the model named in the workload and is converted for the other tokenizer. Money is exact fractions,
+rounded once.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ class Request(Record, frozen=True):
     input: Fraction
     cache_read: Fraction
     cache_write: Fraction
+    """Of the system prompt, at the policy's TTL."""
+    tail_write: Fraction
+    """Of a conversation's end, for 5 minutes."""
     output: Fraction
     prompt_tokens_max: int
     """Of the longest prompt: that of a conversation's last turn."""
@@ -193,18 +197,18 @@ def request_of(workload: Workload, model: Model, used: Levers) -> Request:
     pair = question + answer
     prompt_max = math.ceil(system + question + (turns - 1) * pair)
     history = Fraction(turns - 1, 2) * pair
-    fresh = Request(system + question + history, Fraction(0), Fraction(0), answer, prompt_max, Fraction(0))
+    fresh = Request(system + question + history, Fraction(0), Fraction(0), Fraction(0), answer, prompt_max, Fraction(0))
     if used.caching == "off" or prompt_max < model.cache_min_tokens:
         return fresh
     ttl_s = TTL_NS[used.caching] // 10**9
-    is_alive = turns > 1 and workload.turn_gap_s < ttl_s
+    is_alive = turns > 1 and workload.turn_gap_s * 10**9 < TTL_NS["5m"]
     shares_system = system >= model.cache_min_tokens
     if not shares_system and not is_alive:
         return fresh
     write_share = _write_share(workload, ttl_s, used)
     # First turns share the system prompt with everybody; later ones read all of the turn before.
     firsts = Fraction(1, turns)
-    read = write = Fraction(0)
+    read = write = tail_write = Fraction(0)
     if shares_system:
         read += system * (1 - write_share) * (firsts if is_alive else 1)
         write += system * write_share * (firsts if is_alive else 1)
@@ -214,17 +218,15 @@ def request_of(workload: Workload, model: Model, used: Levers) -> Request:
             now = before + pair
             if before >= model.cache_min_tokens:
                 read += Fraction(before) / turns
-                write += Fraction(now - before) / turns
+                tail_write += Fraction(now - before) / turns
             elif now >= model.cache_min_tokens:
                 # The conversation has just become long enough.
-                write += (now - (system * (1 - write_share) if shares_system else 0)) / turns
-                if shares_system:
-                    read += system * (1 - write_share) / turns
+                tail_write += Fraction(now) / turns
         if system + question >= model.cache_min_tokens:
             # The first turn's tail is written for the second to read.
             tail = question if shares_system else system + question
-            write += tail * firsts
-    return Request(fresh.input - read - write, read, write, answer, prompt_max, write_share)
+            tail_write += tail * firsts
+    return Request(fresh.input - read - write - tail_write, read, write, tail_write, answer, prompt_max, write_share)
 
 
 def month_nanousd(workload: Workload, model: Model, used: Levers, catalog: Catalog, *, at_ns: int) -> int:
@@ -241,6 +243,7 @@ def _request_nanousd(workload: Workload, model: Model, used: Levers, catalog: Ca
         one.input * row.input_nanousd
         + one.cache_read * row.cache_read_nanousd
         + one.cache_write * write_nanousd
+        + one.tail_write * row.cache_write_5m_nanousd
         + one.output * row.output_nanousd
     )
     batch = Fraction(catalog.factors[False][True], catalog.factor_scale)
@@ -272,7 +275,7 @@ def _model_plan(
         model=model.id,
         tokens_ratio=tokens_ratio(workload.text, workload.counted_on, model),
         fits=longest <= model.context_tokens,
-        caches=bool(request.cache_read or request.cache_write),
+        caches=bool(request.cache_read),
         request=request,
         prices=prices,
         needs=_needs(workload, model, request),
@@ -314,7 +317,7 @@ def _with_answer(workload: Workload, answer_tokens: int) -> Workload:
 
 def _needs(workload: Workload, model: Model, request: Request) -> Needs:
     rpm = Fraction(workload.requests_per_day, 1_440) * workload.peak_factor
-    counted = request.input + request.cache_write
+    counted = request.input + request.cache_write + request.tail_write
     if model.counts_cache_reads_in_itpm:
         counted += request.cache_read
     needs = TierLimits(math.ceil(rpm), math.ceil(rpm * counted), math.ceil(rpm * request.output))
