@@ -358,7 +358,8 @@ def test_no_reservation_passes_a_cap_and_all_that_is_reserved_comes_back(history
 
 def explore(calls: list[tuple[int, int]], replicas: int, cap: int) -> tuple[int, int]:
     """Every order of the steps of these calls, (bound, cost) each, one after the other in each replica, with a crash
-    of any one replica at any step, a lease that ends, a sweep and a reading of the ledger at any point. Returns (states, most billed).
+    of any one replica at any step, a lease that ends, a sweep and a reading of the
+    ledger at any point. Returns (states, most billed).
 
     A state is what was done: position of each call, who is dead, whether leases ended and the ledger was swept and
     read. The count is made again for each path's prefix, by copying.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
+from headgate.policy.budgets import AccountUse, MoneyAsk, MoneyVerdict
 from headgate.policy.limiter import Ask, ClassLimits, ClassSnapshot, Subject, Verdict
 from headgate.policy.records import LedgerEvent, Principal
 from headgate.wire.headers import RateLimits
@@ -99,3 +100,48 @@ class Limits(Protocol):
 
     def tick(self, now: float) -> None:
         """To be called four times a second with monotonic seconds: leases, heartbeats."""
+
+
+class Money(Protocol):
+    """All budgets, in this process or shared over several by Redis. Said in full in `policy/budgets.py`.
+
+    Every method is for the loop's thread, returns at once (`seed` aside) and raises only ValueError, for an amount
+    that none can be.
+    """
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes are counted now. False in one process, and while Redis is away (a share)."""
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether something is counted that only the ledger can tell: `seed` soon, within a minute."""
+
+    def reserve(self, ask: MoneyAsk, answered: Callable[[MoneyVerdict], None]) -> None:
+        """May this attempt be paid for? `answered` is called exactly once, on the loop.
+
+        In one process before this returns; over Redis within 150 ms, whatever Redis does. Every admitted ask is to be
+        settled. A denied ask may be asked again with the same id, as with a lower bound.
+        """
+
+    def spend(self, ask_id: str, nanousd: int, over: Callable[[], None]) -> None:
+        """What the attempt has cost so far, absolute. `over` is called, at most once for a call of this, when that is
+        beyond the reservation and there is no room for more: cut the attempt."""
+
+    def settle(self, ask_id: str, nanousd: int) -> None:
+        """The attempt is over and cost this much. Twice is once, and the first holds; unknown ids are left alone."""
+
+    def renew(self, ask_id: str, *, lease_s: float) -> None:
+        """The attempt is still under way; its lease ends `lease_s` from now."""
+
+    async def seed(self) -> bool:
+        """Read the ledger and bring the count to it. False when it could not be read, or somebody else was first.
+
+        At the start, after a correction of the ledger, when a cap is new, when `uncertain`, and every ten minutes.
+        """
+
+    def snapshot(self, account_ids: Collection[str]) -> tuple[AccountUse, ...]:
+        """How these accounts stand today and this month, as last known (over Redis up to some seconds old)."""
+
+    def tick(self, now: float) -> None:
+        """To be called four times a second with monotonic seconds: leases, looks at Redis."""
