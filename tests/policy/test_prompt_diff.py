@@ -6,7 +6,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from headgate.policy.prompt_diff import CAUSES, MENDS, PromptParts, compare, compare_texts, first_byte, raw_offset
+from headgate.policy.prompt_diff import (
+    BLOCKS_MAX,
+    CAUSES,
+    MENDS,
+    PromptParts,
+    compare,
+    compare_texts,
+    first_byte,
+    raw_offset,
+)
 
 MODEL = "claude-sonnet-4-6"
 MARK = {"type": "ephemeral"}
@@ -243,6 +252,18 @@ def test_what_is_no_json_never_raises(a, b, c, d, e, f):
     if found is not None:
         assert 0 <= found.value_at <= found.byte
         assert max(len(found.before), len(found.after)) <= 40
+
+
+@pytest.mark.parametrize("count", [10, BLOCKS_MAX + 1])
+def test_a_part_of_very_many_pieces_has_the_same_byte(count):
+    fixed = [{"type": "text", "text": "x"}] * count
+    one, other = ([*fixed, {"type": "text", "text": f"at 10:15:0{number}"}] for number in (1, 2))
+    found = compare(prompt(one), prompt(other))
+    assert (found.cause, found.byte) == ("timestamp", first_byte(encode(one), encode(other)))
+    many = {str(number): number for number in range(count)}
+    tools = [[tool("a", **many, at=f"10:15:0{number}")] for number in (1, 2)]
+    found = compare(prompt(tools=tools[0]), prompt(tools=tools[1]))
+    assert (found.cause, found.byte) == ("timestamp", first_byte(encode(tools[0]), encode(tools[1])))
 
 
 def test_texts_of_files_are_compared_by_their_bytes():

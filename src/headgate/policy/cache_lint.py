@@ -159,7 +159,8 @@ class _Family:
 class FamilyLinter:
     """Watches the prompts of all families. One thread uses it; `take_deltas` may be called where `observe` is.
 
-    Where nothing changed, `observe` costs a look-up and two comparisons of bytes (measured: 3 µs for 50 KB).
+    Where system prompt and tools are the same, `observe` costs a look-up and comparisons of bytes (measured: 7 µs of
+    CPU for 48 KB with another question each time); a whole comparison of such prompts 0.2 ms, a few times a second.
     """
 
     __slots__ = ("_bytes", "_bytes_max", "_families", "_family_deltas", "_findings", "_told", "dropped", "skipped")
