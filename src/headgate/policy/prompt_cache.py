@@ -32,22 +32,23 @@ import msgspec
 
 from headgate.policy.cache_ttl import TTL_S, KeepWarm, TtlChoice, TtlSetting, choose_ttl, keep_warm_worth
 from headgate.policy.forecast import prefixes as caller_prefixes
-from headgate.policy.prompt_families import Families, Family, FamilyView, Prefix, Scope
+from headgate.policy.prompt_families import Families, Family, FamilyView, Prefix, Scope, sign
 from headgate.policy.records import Record
-from headgate.wire.catalog import Catalog, Model, Price
+from headgate.wire.catalog import DAY_NS, Catalog, Model, Price
 from headgate.wire.message import MessageRequest, Span, Splice, splice
 from headgate.wire.prompt import (
     NO_PART,
     Part,
     Text,
     Ttl,
-    first_blocks,
+    first_spans,
     has_assistant,
     has_marks,
     has_thoughts,
     last_turn,
     mark,
     message_text,
+    read_block,
     read_system,
     read_tools,
     system_marked,
@@ -56,7 +57,8 @@ from headgate.wire.usage import Usage
 
 MARKS_MAX = 4
 PART_BYTES_MAX = 32 << 20
-"""Of raw `tools` and `system` that are remembered with what was found in them; half for each."""
+"""Of raw `tools`, `system` and blocks of first messages that are remembered with what was found in them: three, three
+and two eighths."""
 STATICS_MAX = 4_096
 LIVE_MAX = 16_384
 
@@ -86,6 +88,7 @@ _LIVE_MARGIN_S = 5.0
 """A prefix lives from the start of a request, and `began` is told at its first byte."""
 _EDGES = 4
 _CANDIDATES = 3
+_FIRST_BLOCKS_MAX = 64
 _DOCUMENTS = frozenset({"document", "search_result"})
 _SAMPLE_BYTES = 48
 _SAME_SAMPLE_MAX = 8
@@ -136,8 +139,9 @@ class _Boundary(Record, frozen=True, gc=False):
 
     depth: str
     digest: bytes
-    text: Text
-    """Of everything up to it."""
+    tokens_old: int
+    """Cautious, of everything up to it, by the tokenizer before 4.7."""
+    tokens_new: int
     in_tools: bool
     mark_at: int
     is_string: bool
@@ -149,8 +153,11 @@ class _Static(Record, frozen=True, gc=False):
 
     digest: bytes
     text: Text
+    tokens_old: int
+    tokens_new: int
     boundaries: tuple[_Boundary, ...]
     has_system: bool
+    signature: frozenset[int]
 
 
 class _Rates(Record, frozen=True, gc=False):
@@ -178,14 +185,27 @@ class _Choice(msgspec.Struct, gc=False):
 class PromptCache:
     """The planner of one process. Not for several threads; several processes learn each on its own."""
 
-    __slots__ = ("_catalog", "_families", "_floors", "_live", "_setting", "_statics", "_systems", "_tools")
+    __slots__ = (
+        "_catalog",
+        "_families",
+        "_first",
+        "_floors",
+        "_live",
+        "_price_rates",
+        "_setting",
+        "_statics",
+        "_systems",
+        "_tools",
+    )
 
     def __init__(self, catalog: Catalog, *, ttl: TtlSetting = "auto") -> None:
         self._catalog = catalog
         self._setting: TtlSetting = ttl
         self._families = Families()
-        self._tools = _Parts(read_tools, PART_BYTES_MAX // 2)
-        self._systems = _Parts(read_system, PART_BYTES_MAX // 2)
+        self._tools = _Parts(read_tools, PART_BYTES_MAX * 3 // 8)
+        self._systems = _Parts(read_system, PART_BYTES_MAX * 3 // 8)
+        self._first = _Parts(read_block, PART_BYTES_MAX // 4)
+        self._price_rates: dict[str, tuple[int, _Rates]] = {}
         self._statics: OrderedDict[bytes, _Static] = OrderedDict()
         self._live: OrderedDict[bytes, float] = OrderedDict()
         self._floors: dict[str, int] = {}
@@ -218,7 +238,7 @@ class PromptCache:
         known_model = self._catalog.resolve(model)
         model_id = model if known_model is None else known_model.id
         scope = self._families.scope(key_id, endpoint)
-        family = self._family(scope, model_id, static, tools, system)
+        family = self._family(scope, model_id, static)
         marked_by_caller = tools.has_marks or system.has_marks or marked_elsewhere
         spoken = has_assistant(messages)
         if marked_by_caller or known_model is None:
@@ -320,7 +340,7 @@ class PromptCache:
             self._statics.move_to_end(key)
         return static
 
-    def _family(self, scope: Scope, model: str, static: _Static, tools: Part, system: Part) -> Family:
+    def _family(self, scope: Scope, model: str, static: _Static) -> Family:
         """By the longest system prefix that was seen before, or by likeness."""
         for boundary in reversed(static.boundaries):
             if boundary.in_tools and static.has_system:
@@ -329,17 +349,22 @@ class PromptCache:
             if known is not None:
                 scope.keep(known.family)
                 return known.family
-        return scope.family_of(tools.raw, system.raw)
+        return scope.family_of(static.signature)
 
     def _rates(self, model: Model, at_ns: int) -> _Rates:
-        price = self._catalog.price_row(model.id, at_ns)
-        plain = price.input_nanousd
-        return _Rates(
-            price,
-            1 - price.cache_read_nanousd / plain,
-            price.cache_write_5m_nanousd / plain - 1,
-            price.cache_write_1h_nanousd / plain - 1,
-        )
+        day = at_ns // DAY_NS
+        known = self._price_rates.get(model.id)
+        if known is None or known[0] != day:
+            price = self._catalog.price_row(model.id, at_ns)
+            plain = price.input_nanousd
+            rates = _Rates(
+                price,
+                1 - price.cache_read_nanousd / plain,
+                price.cache_write_5m_nanousd / plain - 1,
+                price.cache_write_1h_nanousd / plain - 1,
+            )
+            known = self._price_rates[model.id] = (day, rates)
+        return known[1]
 
     def _ttl(self, family: Family, model: Model, rates: _Rates) -> TtlChoice:
         chosen = family.choices.get(model.id)
@@ -383,14 +408,19 @@ class PromptCache:
     ) -> tuple[list[_Choice], list[str]]:
         """Static marks in the order of the prompt, those that matter least first, and why."""
         # What is expected of a prefix that is new comes from before it was counted.
-        expected = [scope.expected_reads(family, boundary.depth, ttl) for boundary in static.boundaries]
+        expected = [
+            0.0
+            if (known := self._families.prefix(scope, model.id, boundary.digest)) is not None and known.last > -inf
+            else scope.expected_reads(family, boundary.depth, ttl)
+            for boundary in static.boundaries
+        ]
         if learn:
             found = self._learn(scope, family, model.id, static, now)
         else:
             known_all = [self._families.touch(scope, model.id, each.digest, family) for each in static.boundaries]
             found = [(known, known.last == -inf) for known in known_all]
         fits = [
-            each.mark_at >= 0 and not (bound and each.is_string) and self._reaches(family, model, known, each.text)
+            each.mark_at >= 0 and not (bound and each.is_string) and self._reaches(family, model, known, each)
             for each, (known, _) in zip(static.boundaries, found, strict=True)
         ]
         why: list[str] = []
@@ -451,16 +481,21 @@ class PromptCache:
         learn: bool,
     ) -> _Choice | None:
         """The last large block of the first message, where its prefix comes back."""
-        blocks = first_blocks(messages)
-        text = static.text
+        spans = first_spans(messages)
+        if not spans or len(spans) > _FIRST_BLOCKS_MAX:
+            return None
+        text, digest = static.text, static.digest
         candidates: list[_Boundary] = []
-        for block in blocks:
-            text += block.text
-            if block.mark_at >= 0 and (
-                block.kind in _DOCUMENTS or (block.kind == "text" and block.text.chars >= DOCUMENT_CHARS_MIN)
-            ):
-                digest = blake2b(static.digest + block.digest, digest_size=16).digest()
-                candidates.append(_Boundary("document", digest, text, False, block.mark_at, False, ""))
+        for span in spans:
+            part = self._first.of(span.of(messages))
+            digest = _digest(digest, part.digest)
+            for block in part.blocks:
+                text += block.text
+                if block.mark_at >= 0 and (
+                    block.kind in _DOCUMENTS or (block.kind == "text" and block.text.chars >= DOCUMENT_CHARS_MIN)
+                ):
+                    mark_at = span.start + block.mark_at
+                    candidates.append(_Boundary("document", digest, *_both(text), False, mark_at, False, ""))
         best: _Choice | None = None
         record = family.depths.get("document")
         optimistic = (
@@ -476,7 +511,7 @@ class PromptCache:
             uses = known.uses
             if (
                 optimistic if new else uses.within_5m > 0 and rates.pays(uses.reads_per_write("5m"), "5m")
-            ) and self._reaches(family, model, known, boundary.text):
+            ) and self._reaches(family, model, known, boundary):
                 best = self._choice(model, boundary, known)
                 best.is_document = True
         return best
@@ -493,28 +528,28 @@ class PromptCache:
     ) -> bool:
         """Whether the whole prompt reaches the minimum. Messages are only measured where tools and system do not."""
         minimum = self._minimum(model)
-        if choices or self._corrected(family, model, static.text) * TOKENS_SHARE >= minimum:
+        if choices or self._corrected(family, model, static) * TOKENS_SHARE >= minimum:
             return True
         if len(messages) + static.text.chars < minimum:
             return False
         text = static.text + message_text(messages)
         return cautious_tokens(text, model.tokenizer) * TOKENS_SHARE >= minimum
 
-    def _reaches(self, family: Family, model: Model, known: Prefix, text: Text) -> bool:
+    def _reaches(self, family: Family, model: Model, known: Prefix, what: _Boundary) -> bool:
         if known.barren:
             return False
         if known.tokens:
             return known.tokens >= self._minimum(model)
-        return self._corrected(family, model, text) * TOKENS_SHARE >= self._minimum(model)
+        return self._corrected(family, model, what) * TOKENS_SHARE >= self._minimum(model)
 
     def _minimum(self, model: Model) -> int:
         return max(model.cache_min_tokens, self._floors.get(model.id, 0))
 
-    def _corrected(self, family: Family, model: Model, text: Text) -> float:
-        return cautious_tokens(text, model.tokenizer) * family.token_ratios.get(model.tokenizer, 1.0)
+    def _corrected(self, family: Family, model: Model, what: _Boundary | _Static) -> float:
+        return _tokens(what, model.tokenizer) * family.token_ratios.get(model.tokenizer, 1.0)
 
     def _choice(self, model: Model, boundary: _Boundary, known: Prefix) -> _Choice:
-        return _Choice(boundary, known, False, cautious_tokens(boundary.text, model.tokenizer))
+        return _Choice(boundary, known, False, _tokens(boundary, model.tokenizer))
 
     # ------------------------------------------------------------------ telling
 
@@ -523,16 +558,16 @@ class PromptCache:
     ) -> tuple[str, int]:
         """Digest and tokens of the longest prefix that is marked, or of all tools and system."""
         if longest is not None:
-            known, text, digest = longest.known, longest.boundary.text, longest.boundary.digest
+            known, what, digest = longest.known, longest.boundary, longest.boundary.digest
         elif static.boundaries:
-            text, digest = static.text, static.boundaries[-1].digest
+            what, digest = static.boundaries[-1], static.boundaries[-1].digest
             found = self._families.prefix(scope, model_id, digest)
             if found is None:
-                return digest.hex(), round(self._corrected(family, model, text))
+                return digest.hex(), round(self._corrected(family, model, what))
             known = found
         else:
             return "", 0
-        return digest.hex(), known.tokens or round(self._corrected(family, model, text))
+        return digest.hex(), known.tokens or round(self._corrected(family, model, what))
 
     def _marked(
         self,
@@ -611,15 +646,11 @@ class PromptCache:
                 continue
             longest = boundary
             known = self._families.prefix(scope, model_id, boundary.digest)
-            tokens = cautious_tokens(boundary.text, tokenizer)
-            if model is None or known is None or self._reaches(family, model, known, boundary.text):
+            tokens = _tokens(boundary, tokenizer)
+            if model is None or known is None or self._reaches(family, model, known, boundary):
                 ttl: Ttl = "1h" if boundary.mark == "1h" else "5m"
                 marked.append(Marked(_live_key(request, model_id, boundary.digest), boundary.digest, tokens, ttl))
-        tokens = (
-            0
-            if longest is None
-            else round(cautious_tokens(longest.text, tokenizer) * family.token_ratios.get(tokenizer, 1.0))
-        )
+        tokens = 0 if longest is None else round(_tokens(longest, tokenizer) * family.token_ratios.get(tokenizer, 1.0))
         family.model, family.prefix_tokens = model_id, tokens
         return CachePlan(
             body=request.body,
@@ -713,6 +744,14 @@ def cautious_tokens(text: Text, tokenizer: str) -> int:
     return int(tokens) + text.pages * _PAGE_TOKENS
 
 
+def _both(text: Text) -> tuple[int, int]:
+    return cautious_tokens(text, "pre-4.7"), cautious_tokens(text, "opus-4.7")
+
+
+def _tokens(what: _Boundary | _Static, tokenizer: str) -> int:
+    return what.tokens_old if tokenizer == "pre-4.7" else what.tokens_new
+
+
 def _static(tools: Part, system: Part) -> _Static:
     """Where a prefix may end: behind the tools, behind the first and last blocks of system, and at a caller's marks."""
     boundaries: list[_Boundary] = []
@@ -722,7 +761,7 @@ def _static(tools: Part, system: Part) -> _Static:
         text += block.text
         if at == last or block.mark:
             digest = _digest(b"tools", block.digest)
-            boundaries.append(_Boundary("tools", digest, text, True, block.mark_at, False, block.mark))
+            boundaries.append(_Boundary("tools", digest, *_both(text), True, block.mark_at, False, block.mark))
     before = tools.blocks[-1].digest if tools.blocks else b""
     count = len(system.blocks)
     for at, block in enumerate(system.blocks):
@@ -730,8 +769,18 @@ def _static(tools: Part, system: Part) -> _Static:
         if at < _EDGES or at >= count - _EDGES or block.mark:
             depth = f"system.{at}" if at < _EDGES else f"system.{at - count}"
             digest = _digest(b"system", before, block.digest)
-            boundaries.append(_Boundary(depth, digest, text, False, block.mark_at, system.is_string, block.mark))
-    return _Static(_digest(b"static", tools.digest, system.digest), text, tuple(boundaries), bool(system.blocks))
+            boundaries.append(
+                _Boundary(depth, digest, *_both(text), False, block.mark_at, system.is_string, block.mark)
+            )
+    return _Static(
+        digest=_digest(b"static", tools.digest, system.digest),
+        text=text,
+        tokens_old=cautious_tokens(text, "pre-4.7"),
+        tokens_new=cautious_tokens(text, "opus-4.7"),
+        boundaries=tuple(boundaries),
+        has_system=bool(system.blocks),
+        signature=sign(tools.raw, system.raw),
+    )
 
 
 def _digests(

@@ -35,6 +35,7 @@ _SIGNED_BYTES = 32 << 10
 _SAME_SHARE = 0.5
 """Of the smaller signature's phrases, for two prompts to be of one family."""
 _NAMED_BY = 4
+_PRIOR_READS: dict[Ttl, float] = {"5m": 1.0, "1h": 2.0}
 _COUNT_MAX = 64.0
 _FAMILY_BYTES = 8
 _PHRASE_ENDS = bytes.maketrans(b'.,;:!?{}[]"()-_/=0123456789', b"\n" * 27)
@@ -66,15 +67,16 @@ class Uses:
             self.within_1h += 1.0
         else:
             self.later += 1.0
-        if self.total > _COUNT_MAX:
+        if self.within_5m + self.within_1h + self.later > _COUNT_MAX:
             self.within_5m /= 2
             self.within_1h /= 2
             self.later /= 2
 
     def reads_per_write(self, ttl: Ttl, *, prior: float = 1.0) -> float:
-        """What one write is expected to be read. The prior is so many reads and writes that nobody has seen."""
+        """What one write is expected to be read. The prior is so many writes that nobody has seen, with a read each;
+        with two for an hour, which pays after the second (claude-api §7.3)."""
         reads = self.within_5m + (self.within_1h if ttl == "1h" else 0.0)
-        return (prior + reads) / max(prior + self.total - reads, 0.5)
+        return (prior * _PRIOR_READS[ttl] + reads) / max(prior + self.total - reads, 0.5)
 
 
 class Prefix:
@@ -167,10 +169,9 @@ class Scope:
         self.first_turns = Turns()
         self.turns = Turns()
 
-    def family_of(self, tools: bytes, system: bytes) -> Family:
-        """The family of a prompt that was not seen before; a new one where it resembles none. The one longest unused
-        goes when there are too many."""
-        signature = sign(tools, system)
+    def family_of(self, signature: frozenset[int]) -> Family:
+        """The family of a prompt that was not seen before, by what `sign` says of it; a new one where it resembles
+        none. The one longest unused goes when there are too many."""
         best, best_share = None, _SAME_SHARE
         for family in self.families.values():
             share = _likeness(signature, family.signature)
@@ -197,7 +198,7 @@ class Scope:
         uses = family.depths.get(depth)
         if uses is None or not uses.total:
             uses = self.depths.get(depth)
-        return uses.reads_per_write(ttl, prior=prior) if uses is not None else (1.0 if prior else 0.0)
+        return uses.reads_per_write(ttl, prior=prior) if uses is not None else _PRIOR_READS[ttl] * prior
 
     def learn(self, family: Family, depth: str, gap_s: float) -> None:
         """A prefix of this depth was used, so long after its last use."""

@@ -27,8 +27,10 @@ _UNMARKABLE = frozenset({"thinking", "redacted_thinking"})
 _MARKS: dict[Ttl, bytes] = {"5m": b'{"type":"ephemeral"}', "1h": b'{"type":"ephemeral","ttl":"1h"}'}
 
 _QUOTE, _BRACE, _BRACKET = b'"{['
-_VIETNAMESE = re.compile("[\u1ea0-\u1ef9]")
-_CJK = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_VIETNAMESE = (b"\xe1\xba", b"\xe1\xbb")
+"""How the letters that only Vietnamese has begin in UTF-8 (U+1E80 to U+1EFF)."""
+_CJK = tuple(bytes((lead,)) for lead in range(0xE3, 0xEE))
+"""First bytes of kana, Chinese and Hangul (U+3000 to U+DFFF)."""
 _MARK_SPELLED = re.compile(
     b'"' + b"".join(b"(?:%c|\\\\u00%02x)" % (char, char) for char in b"cache_control") + rb'"[ \t\r\n]*:', re.IGNORECASE
 )
@@ -125,20 +127,25 @@ def system_marked(raw: bytes, ttl: Ttl) -> bytes:
     return b'[{"type":"text","text":%b,"cache_control":%b}]' % (raw, _MARKS[ttl])
 
 
-def first_blocks(messages: bytes) -> tuple[Block, ...]:
-    """Blocks of the first message, which is where an app puts documents; empty unless it is a user's with an array of
-    blocks. Offsets count within the raw bytes of `messages`."""
+def first_spans(messages: bytes) -> list[Span]:
+    """Where the blocks of the first message lie, which is where an app puts documents; empty unless it is a user's
+    with an array of blocks."""
     if _FIRST_IS_ARRAY.match(messages) is None:
-        return ()
+        return []
     try:
         first = elements(messages, Span(0, len(messages)))[0]
         fields = members(messages, first)
-        content = fields["content"]
         if "role" not in fields or fields["role"].of(messages) != b'"user"':
-            return ()
-        return _blocks(messages, elements(messages, content), as_tools=False)
+            return []
+        return elements(messages, fields["content"])
     except (InvalidBody, KeyError, IndexError, RecursionError):
-        return ()
+        return []
+
+
+def read_block(raw: bytes) -> Part:
+    """One content block as a part of its own; a part without blocks where it is none."""
+    blocks = _blocks(raw, [Span(0, len(raw))], as_tools=False)
+    return Part(raw, blocks[0].digest, blocks if blocks[0].kind else (), False, has_marks(raw))
 
 
 def message_text(messages: bytes) -> Text:
@@ -192,7 +199,8 @@ def measure(text: str) -> Text:
     if spaced.isascii():
         return Text(chars)
     foreign = chars - len(spaced.encode("ascii", "ignore"))
-    return Text(chars, foreign, len(_VIETNAMESE.findall(spaced)), len(_CJK.findall(spaced)))
+    utf8 = spaced.encode("utf-8", "replace")
+    return Text(chars, foreign, sum(map(utf8.count, _VIETNAMESE)), sum(map(utf8.count, _CJK)))
 
 
 def _array_of_blocks(raw: bytes, *, as_tools: bool) -> tuple[Block, ...]:
