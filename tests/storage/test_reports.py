@@ -313,7 +313,23 @@ def test_the_bill_is_that_of_the_utc_month_by_model_user_endpoint_and_day(tell, 
         "day": {"2026-08-01": 10, "2026-08-10": 20},
     }.items():
         assert {row[group_by]: row["cost_nanousd"] for row in report[f"by_{group_by}"]} == expected
-    assert set(report["by_user"][0]) == {"user", "requests", "errors", *TOKENS, "cost_nanousd", "saved_nanousd"}
+    billed = {"requests", "errors", *TOKENS, "cost_nanousd", "saved_nanousd", "reused", "reused_nanousd"}
+    assert set(report["by_user"][0]) == {"user", "cached_share", *billed}
+    assert {row["user"]: row["cached_share"] for row in report["by_user"]} == {"an": 50 / 80, "binh": 0.0}
+
+
+def test_what_reused_answers_saved_is_told_apart_from_what_caching_saved(tell, connection):
+    tell(*call_events(1, AUGUST_10_NS, cost=10))
+    call_id = f"call_{2:024d}"
+    tell(
+        CallOpened(call_id, AUGUST_10_NS, "key00001", "an", "free", "chat", MODELS[0], True),
+        CallClosed(call_id, "completed", 200, MODELS[0], 5, reused=True, saved_nanousd=30),
+    )
+    report = bill_json(bill(connection, now_ns=AUGUST_10_NS + 1))
+    total = report["total"]
+    assert (total["saved_nanousd"], total["reused"], total["reused_nanousd"]) == (37, 1, 30)
+    assert report["cache_saved_nanousd"] == 7
+    assert "reused" not in usage_json(usage(connection, "user", since_ns=0, until_ns=AUGUST_10_NS + 1))["total"]
 
 
 def test_the_projection_of_the_first_day_looks_back_into_the_month_before(tell, connection):

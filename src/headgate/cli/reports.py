@@ -21,7 +21,10 @@ USAGE_COLUMNS = (
     *("requests>", "errors>", "input>", "cache read>", "cache write>", "output>", "cost>", "saved>"),
     *("p50>", "p95>", "first byte p50>", "p95>"),
 )
-BILL_COLUMNS = ("requests>", "input>", "cache read>", "cache write>", "output>", "cost>", "saved>", "share>")
+BILL_COLUMNS = (
+    *("requests>", "input>", "cache read>", "cache write>", "output>", "cached>"),
+    *("cost>", "saved>", "share>"),
+)
 
 
 def main(name: str, arguments: Sequence[str]) -> None:
@@ -92,9 +95,10 @@ def bill(as_json: AsJson = False) -> None:
     else:
         print(f"heading for {output.usd(projection.projected_nanousd)}, by the last {projection.rate_days} days")
     if report.cached_share is not None:
-        print(
-            f"read from the cache: {report.cached_share:.0%} of prompt tokens; saved {output.usd(total.saved_nanousd)}"
-        )
+        by_cache = output.usd(total.saved_nanousd - total.reused_nanousd)
+        print(f"read from the cache: {report.cached_share:.0%} of prompt tokens; saved {by_cache}")
+    if total.reused:
+        print(f"answered again from what was kept: {total.reused:,} requests; saved {output.usd(total.reused_nanousd)}")
     for group_by in BILL_GROUPS:
         print()
         _print_bill_of(group_by, report.by[group_by], month_nanousd=total.cost_nanousd)
@@ -115,6 +119,7 @@ def _print_bill_of(group_by: GroupBy, rows: Sequence[UsageRow], *, month_nanousd
             row.group or "–",
             f"{row.requests:,}",
             *_token_cells(row),
+            _share_cell(reports.cached_share(row)),
             output.usd(row.cost_nanousd),
             output.usd(row.saved_nanousd),
             f"{row.cost_nanousd / month_nanousd:.0%}" if month_nanousd else "–",
@@ -122,6 +127,10 @@ def _print_bill_of(group_by: GroupBy, rows: Sequence[UsageRow], *, month_nanousd
         for row in rows
     ]
     output.print_table((group_by, *BILL_COLUMNS), cells)
+
+
+def _share_cell(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
 
 
 def _usage_cells(row: UsageRow) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ _COLUMN: dict[GroupBy, sa.ColumnElement[Any]] = {
 }
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SUMMED = (*TOKEN_FIELDS, "cost_nanousd", "saved_nanousd")
-_BILLED = ("requests", "errors", *_SUMMED)
+_OF_THE_BILL = ("reused", "reused_nanousd")
+_BILLED = ("requests", "errors", *_SUMMED, *_OF_THE_BILL)
 
 
 class InvalidQuery(ValueError):
@@ -70,6 +71,11 @@ class UsageRow(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     cost_nanousd: int = 0
     saved_nanousd: int = 0
+    """By caching and by reused answers."""
+    reused: int = 0
+    """Calls that were answered by the answer of an earlier one."""
+    reused_nanousd: int = 0
+    """What those saved, of `saved_nanousd`."""
     p50_ms: int | None = None
     p95_ms: int | None = None
     first_byte_p50_ms: int | None = None
@@ -211,22 +217,32 @@ def bill(connection: sa.Connection, *, now_ns: int) -> Bill:
     day, cost = _COLUMN["day"].label("day"), sa.func.sum(calls.c.cost_nanousd)
     within = (calls.c.at_ns >= rate_ns, calls.c.at_ns < end_ns)
     daily = connection.execute(sa.select(day, cost).where(*within).group_by(day)).all()
-    prompt_tokens = (
-        total.input_tokens + total.cache_read_tokens + total.cache_write_5m_tokens + total.cache_write_1h_tokens
-    )
     return Bill(
         month=month.isoformat()[:7],
         total=total,
         projection=project_month({_date(number * _DAY_NS): cost_nanousd for number, cost_nanousd in daily}, today),
-        cached_share=total.cache_read_tokens / prompt_tokens if prompt_tokens else None,
+        cached_share=cached_share(total),
         by=by,
     )
+
+
+def cached_share(row: UsageRow) -> float | None:
+    """Part of the group's prompt tokens that was read from the cache, 0 to 1; None when it had none."""
+    prompt_tokens = row.input_tokens + row.cache_read_tokens + row.cache_write_5m_tokens + row.cache_write_1h_tokens
+    return row.cache_read_tokens / prompt_tokens if prompt_tokens else None
 
 
 def usage_statement(*groups: sa.ColumnElement[Any], since_ns: int, until_ns: int) -> sa.Select[Any]:
     """The groups, then the counts of a UsageRow in its order: for the reports, and for the test that explains it."""
     failed = calls.c.outcome.in_(("failed", "cut", "refused"))
-    counts = (sa.func.count(), sa.func.count().filter(failed), *(sa.func.sum(calls.c[name]) for name in _SUMMED))
+    again = calls.c.reused == 1
+    counts = (
+        sa.func.count(),
+        sa.func.count().filter(failed),
+        *(sa.func.sum(calls.c[name]) for name in _SUMMED),
+        sa.func.count().filter(again),
+        sa.func.coalesce(sa.func.sum(calls.c.saved_nanousd).filter(again), 0),
+    )
     within = (calls.c.at_ns >= since_ns, calls.c.at_ns < until_ns)
     return sa.select(*groups, *counts).where(*within).group_by(*groups)
 
@@ -244,7 +260,7 @@ def calls_statement(*, limit: int, cursor: str) -> sa.Select[Any]:
 
 def usage_json(report: UsageReport) -> dict[str, object]:
     """The report as `headgate usage --json` and `/admin/usage` give it."""
-    total = msgspec.structs.asdict(report.total)
+    total = _used(report.total)
     del total["group"]
     return {"rows": [_row_json(report.group_by, row) for row in report.rows], "total": total}
 
@@ -315,14 +331,14 @@ def bill_json(report: Bill) -> dict[str, object]:
         "projected_nanousd": report.projection.projected_nanousd,
         "rate_days": report.projection.rate_days,
         "cached_share": report.cached_share,
-        **{
-            f"by_{group_by}": [
-                {name: value for name, value in _row_json(group_by, row).items() if name in {group_by, *_BILLED}}
-                for row in rows
-            ]
-            for group_by, rows in report.by.items()
-        },
+        "cache_saved_nanousd": report.total.saved_nanousd - report.total.reused_nanousd,
+        **{f"by_{group_by}": [_bill_row_json(group_by, row) for row in rows] for group_by, rows in report.by.items()},
     }
+
+
+def _bill_row_json(group_by: GroupBy, row: UsageRow) -> dict[str, object]:
+    kept = {name: value for name, value in msgspec.structs.asdict(row).items() if name in _BILLED}
+    return {group_by: row.group, **kept, "cached_share": cached_share(row)}
 
 
 class _Timings:
@@ -374,7 +390,7 @@ def _arm_report(
 
 
 def _arm_json(report: ArmReport) -> dict[str, object]:
-    used = msgspec.structs.asdict(report.used)
+    used = _used(report.used)
     del used["group"]
     rate, rate_low, rate_high = _parts(report.error_rate)
     costs = [None if value is None else round(value) for value in _parts(report.cost_per_request)]
@@ -422,8 +438,13 @@ def _ordered(group_by: GroupBy, rows: list[UsageRow]) -> tuple[UsageRow, ...]:
 
 
 def _row_json(group_by: GroupBy, row: UsageRow) -> dict[str, object]:
-    fields = msgspec.structs.asdict(row)
+    fields = _used(row)
     return {group_by: fields.pop("group"), **fields}
+
+
+def _used(row: UsageRow) -> dict[str, Any]:  # Any: the values of a record
+    """The row's fields, but for those that only the bill tells."""
+    return {name: value for name, value in msgspec.structs.asdict(row).items() if name not in _OF_THE_BILL}
 
 
 def _tokens(used: Usage) -> dict[str, int]:
