@@ -11,19 +11,22 @@ import random
 import selectors
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 
 import msgspec
 import structlog
 
+from headgate.gateway.guards import AlertSink, SpendGuard
 from headgate.gateway.pipeline import Pipeline
 from headgate.gateway.policies import Policies, policies
+from headgate.gateway.purse import Purses
 from headgate.gateway.settings import Settings
 from headgate.gateway.settlement import Attribution
 from headgate.gateway.tasks import Tasks
 from headgate.gateway.traffic import Traffic
 from headgate.gateway.upstream import Answer
+from headgate.policy.budgets import Budgets, Spent
 from headgate.policy.limiter import Limiter
 from headgate.policy.records import (
     AttemptEnded,
@@ -35,8 +38,10 @@ from headgate.policy.records import (
     LedgerEvent,
     Principal,
 )
+from headgate.policy.spend_velocity import VelocityPolicy
 from headgate.storage.fold import Fold
 from headgate.storage.limits import LocalLimits
+from headgate.storage.money import LocalMoney
 from headgate.telemetry.log_line import LogLine, encode
 from headgate.wire import sse
 from headgate.wire.catalog import packaged
@@ -424,6 +429,7 @@ class World:
             settings,
             policies=self.policies,
             traffic=self.traffic,
+            purses=self._purses(settings),
             upstream=self,
             ledger=self.tables,
             catalog=packaged(),
@@ -438,6 +444,15 @@ class World:
         self._classes: dict[str, Witness] = {}
         self._people: dict[str, Witness] = {}
         self._capped_until = self._capped_at = -1.0
+
+    def _purses(self, settings: Settings) -> Purses:
+        async def nothing_spent(ids: Collection[str], at_ns: int) -> Spent:
+            return Spent(at_ns, {})
+
+        alerts = AlertSink(None, now_ns=self.now_ns)
+        guard = SpendGuard(VelocityPolicy(), alerts, clock=self.loop.time, enabled=settings.velocity.enabled)
+        money = LocalMoney(Budgets(), clock=self.loop.time, now_ns=self.now_ns, read=nothing_spent)
+        return Purses(money, guard, packaged())
 
     def now_ns(self) -> int:
         return BEGAN_NS + round(self.loop.time() * 1e9)

@@ -34,6 +34,10 @@ UNLIMITED = {
     "BREAKER__WINDOW_REQUESTS_MIN": "1000000",
     "BREAKER__POISON_FAILURES": "1000000000",
     "BREAKER__SPEND_CAP_PROBE_S": "0.001",
+    "CACHE__PLAN": "false",
+    "CACHE__SINGLE_FLIGHT": "false",
+    "CACHE__DIAGNOSTICS": "false",
+    "VELOCITY__ENABLED": "false",
 }
 """What a gateway is told that is not to stand in a test's way."""
 UPSTREAM_KEY = "sk-ant-api03-only-the-gateway-may-know-this"

@@ -34,6 +34,8 @@ def operator_routes() -> list[tuple[str, str]]:
         is_ready=lambda: True,
         limits=lambda: None,
         resume=lambda: False,
+        guard=None,
+        alerts=None,
     )
     return sorted(
         (method, route.path)

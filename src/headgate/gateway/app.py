@@ -19,25 +19,33 @@ import structlog
 import uvicorn
 from prometheus_client.registry import CollectorRegistry
 
+from headgate.gateway.budgets import EVERYBODY, SeedTimes, spend_alert, tier_of
 from headgate.gateway.endpoints import HOP_HEADER, Endpoints
+from headgate.gateway.guards import AlertSink, SpendGuard, velocity_policy
 from headgate.gateway.limits_view import limits_view
 from headgate.gateway.operator import operator_app
 from headgate.gateway.pipeline import Pipeline
-from headgate.gateway.policies import policies
+from headgate.gateway.policies import Policies, policies
+from headgate.gateway.purse import Purses
 from headgate.gateway.server import Server
 from headgate.gateway.settings import Settings, SettingsError, host_port, reload
 from headgate.gateway.tasks import Tasks
 from headgate.gateway.traffic import Traffic
 from headgate.gateway.upstream import Upstream
 from headgate.gateway.worker import CallIds, Worker
+from headgate.policy.budgets import AlertLine, Budgets, periods
 from headgate.policy.limiter import Limiter
 from headgate.policy.pricing import price
+from headgate.policy.spend_velocity import VelocityPolicy
 from headgate.storage.database import open_database
-from headgate.storage.interfaces import Limits
+from headgate.storage.interfaces import Limits, Money
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
 from headgate.storage.limits import LocalLimits
+from headgate.storage.money import LocalMoney, ledger_reader
 from headgate.storage.redis_limits import RedisLimits, RedisMissing
+from headgate.storage.redis_money import RedisMoney
+from headgate.storage.spend_history import spend_history
 from headgate.telemetry.log_writer import LogWriter
 from headgate.telemetry.metrics import CallMetrics
 from headgate.telemetry.shared_output import render_whole
@@ -52,6 +60,7 @@ except ImportError:  # not made for every platform
 log = structlog.get_logger()
 
 SWEEP_EVERY_S = 30.0
+BUDGETS_EVERY_S = 1.0
 TICK_S_MAX = 0.25
 GC_THRESHOLD = 50_000
 """Objects between two collections. A call leaves no cycles behind; the default of 700 would look twenty times a second
@@ -153,10 +162,17 @@ class Gateway:
             now_in_force = policies(settings, catalog)
             limits = await self._limits(stack)
             traffic = Traffic(limits, now_in_force, clock=time.monotonic, jitter=random.random)
+            alerts = AlertSink(engine, now_ns=time.time_ns)
+            alerts.start()
+            stack.callback(alerts.close)
+            guard = _guard(settings, alerts)
+            money = await self._money(stack, engine, ledger, catalog, now_in_force, limits)
+            await asyncio.gather(money.seed(), _seed_guard(guard, engine))
             pipeline = Pipeline(
                 settings,
                 policies=now_in_force,
                 traffic=traffic,
+                purses=Purses(money, guard, catalog),
                 upstream=upstream,
                 ledger=ledger,
                 catalog=catalog,
@@ -181,12 +197,13 @@ class Gateway:
             self.port = server.port
             registry = CollectorRegistry()
             registry.register(metrics)
-            operator = await self._start_operator(engine, keys, registry, tasks, pipeline)
+            operator = await self._start_operator(engine, keys, registry, tasks, pipeline, alerts)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
             loop.add_signal_handler(signal.SIGHUP, self._reload, pipeline, catalog)
             tasks.start(self._tick(server, upstream, pipeline, ledger))
+            tasks.start(self._watch_budgets(pipeline, alerts))
             # What is alive now stays alive; the collector need not look at it again.
             gc.collect()
             gc.freeze()
@@ -218,6 +235,43 @@ class Gateway:
         stack.push_async_callback(limits.close)
         return limits
 
+    async def _money(
+        self,
+        stack: AsyncExitStack,
+        engine: sa.Engine,
+        ledger: LocalLedger,
+        catalog: Catalog,
+        in_force: Policies,
+        limits: Limits,
+    ) -> Money:
+        """The budgets, counted here or where the limits are."""
+        read = ledger_reader(engine, ledger, catalog, tier_of(in_force.budgets))
+        if not self._settings.redis_url:
+            return LocalMoney(Budgets(), clock=time.monotonic, now_ns=time.time_ns, read=read)
+        money = RedisMoney(
+            self._settings.redis_url,
+            clock=time.monotonic,
+            now_ns=time.time_ns,
+            read=read,
+            replicas=lambda: limits.replicas,
+        )
+        await money.start()
+        stack.push_async_callback(money.close)
+        return money
+
+    async def _watch_budgets(self, pipeline: Pipeline, alerts: AlertSink) -> None:
+        """Compare the count with the ledger now and then, and tell when everybody's day passes the alert line."""
+        money, line, times = pipeline.purses.money, AlertLine(), SeedTimes()
+        times.due(time.monotonic(), uncertain=False)  # the start has read it
+        while not self._stopped:
+            await asyncio.sleep(BUDGETS_EVERY_S)
+            now_ns = time.time_ns()
+            said = spend_alert(line, money.snapshot([EVERYBODY]), pipeline.policies.budgets, now_ns)
+            if said is not None:
+                alerts.raise_alert("budget_alert_line", periods(now_ns).day, said)
+            if times.due(time.monotonic(), uncertain=money.uncertain):
+                await money.seed()
+
     def _reload(self, pipeline: Pipeline, catalog: Catalog) -> None:
         """SIGHUP: read the settings again. Calls go on under those they began with; what is wrong changes nothing."""
         try:
@@ -227,6 +281,8 @@ class Gateway:
             return
         pipeline.policies = policies(self._settings, catalog)
         pipeline.traffic.apply(pipeline.policies)
+        velocity = self._settings.velocity
+        pipeline.purses.guard.apply(_velocity_policy(self._settings), enabled=velocity.enabled)
         log.info("reloaded", need_restart=waiting)
 
     def stop(self) -> None:
@@ -263,7 +319,13 @@ class Gateway:
                 ledger.sweep(pipeline.live.keys())
 
     async def _start_operator(
-        self, engine: sa.Engine, keys: LocalKeyRing, registry: CollectorRegistry, tasks: Tasks, pipeline: Pipeline
+        self,
+        engine: sa.Engine,
+        keys: LocalKeyRing,
+        registry: CollectorRegistry,
+        tasks: Tasks,
+        pipeline: Pipeline,
+        alerts: AlertSink,
     ) -> uvicorn.Server:
         host, port = host_port(self._settings.operator_listen)
         port = self._worker.operator_port(port)
@@ -276,6 +338,8 @@ class Gateway:
             limits=lambda: limits_view(pipeline.traffic, time.monotonic()),
             resume=pipeline.traffic.account.reset,
             experiments=lambda: pipeline.policies.experiments,
+            guard=pipeline.purses.guard,
+            alerts=alerts,
         )
         operator = uvicorn.Server(
             uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2)
@@ -300,6 +364,25 @@ class Gateway:
             "upstream_connections_idle": pool["idle"],
             "log_lines_dropped": writer.dropped,
         }
+
+
+def _velocity_policy(settings: Settings) -> VelocityPolicy:
+    velocity = settings.velocity
+    return velocity_policy(
+        usd_per_10_min=velocity.usd_per_10_min, history_factor=velocity.history_factor, hold_s=velocity.hold_s
+    )
+
+
+def _guard(settings: Settings, alerts: AlertSink) -> SpendGuard:
+    return SpendGuard(_velocity_policy(settings), alerts, clock=time.monotonic, enabled=settings.velocity.enabled)
+
+
+async def _seed_guard(guard: SpendGuard, engine: sa.Engine) -> None:
+    def read() -> dict[str, dict[int, int]]:
+        with engine.connect() as connection:
+            return spend_history(connection, now_ns=time.time_ns())
+
+    guard.seed(await asyncio.to_thread(read))
 
 
 async def _serve_operator(operator: uvicorn.Server, sockets: list[socket.socket]) -> None:

@@ -19,6 +19,8 @@ from prometheus_client.registry import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from headgate import __version__
+from headgate.gateway.guards import AlertSink, SpendGuard
+from headgate.gateway.guards_view import guards_router
 from headgate.gateway.limits_view import LimitsView
 from headgate.policy.experiments import Experiment
 from headgate.policy.records import Principal, Scope
@@ -50,6 +52,8 @@ def operator_app(
     limits: Callable[[], LimitsView],
     resume: Callable[[], bool],
     experiments: Callable[[], Sequence[Experiment]] = tuple,
+    guard: SpendGuard,
+    alerts: AlertSink,
 ) -> FastAPI:
     """The application. Its queries block, so FastAPI runs them in threads. `experiments` are those that run now.
 
@@ -126,6 +130,10 @@ def operator_app(
     async def resume_now() -> _Answer:
         """There is money again: send calls without waiting for the probe that would find out."""
         return {"resumed": resume()}
+
+    app.include_router(
+        guards_router(engine, guard, alerts, reader=allowed("admin:read"), writer=allowed("admin:write"), now_ns=now_ns)
+    )
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -16,6 +16,7 @@ import structlog
 from headgate.gateway import forwarding, own_headers, refusals
 from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
 from headgate.gateway.policies import Policies
+from headgate.gateway.purse import Purse, Purses
 from headgate.gateway.relay import ClientStream, Relay
 from headgate.gateway.server import Exchange
 from headgate.gateway.settings import Settings
@@ -83,6 +84,7 @@ class Pipeline:
         *,
         policies: Policies,
         traffic: Traffic,
+        purses: Purses,
         upstream: Upstream,
         ledger: Ledger,
         catalog: Catalog,
@@ -97,6 +99,7 @@ class Pipeline:
         self.settings = settings
         self.policies = policies
         self.traffic = traffic
+        self.purses = purses
         self.upstream = upstream
         self.ledger = ledger
         self.catalog = catalog
@@ -134,6 +137,8 @@ class Pipeline:
         for call in list(self.live.values()):
             call.tick(now)
         self.traffic.tick(now)
+        self.purses.money.tick(now)
+        self.purses.guard.tick()
 
     def interrupt_all(self) -> None:
         """The process must end now: every answer that is not whole is told so."""
@@ -163,11 +168,13 @@ class MessageCall:
         "_policies",
         "_principal",
         "_prompt",
+        "_purse",
         "_queued_s",
         "_relay",
         "_request",
         "_scanned",
         "_settlement",
+        "_speed",
         "_sticky",
         "_subjects",
         "_tier",
@@ -199,10 +206,12 @@ class MessageCall:
         self._body = b""
         """What the attempt of now sends."""
         self._prompt = _NO_PROMPT
+        self._speed = "standard"
         self._forecast = NO_FORECAST
         self._waiting: Waiting | None = None
         self._turn: Turn | None = None
         self._queued_s = 0.0
+        self._purse: Purse | None = None
         self._subjects: tuple[Subject, ...] = ()
         """Whom it counts against."""
         self._sticky = ""
@@ -248,6 +257,8 @@ class MessageCall:
                 # Only where something above went wrong: the turn is given back, and says nothing about the model.
                 self._pipeline.traffic.neutral(self._turn)
                 self._end_turn(0, 0)
+            if self._purse is not None:
+                self._purse.close(self._settlement.cost_nanousd)
 
     def _prepare(self) -> Plan | None:
         """Scan, plan, admit; None when the request has been refused."""
@@ -271,7 +282,7 @@ class MessageCall:
         except InvalidBody as error:
             self._refuse(refusals.bad_request(str(error)))
             return None
-        self._plan, self._scanned = plan, scanned
+        self._plan, self._scanned, self._speed = plan, scanned, scanned.speed
         refused = self._refusal(plan)
         if refused is not None:
             self._settlement.close(
@@ -285,6 +296,15 @@ class MessageCall:
             self._refuse(refused)
             return None
         self._prompt = (script(scanned), prefixes(scanned))
+        self._purse = Purse(
+            self._pipeline.purses,
+            self._policies.budgets,
+            self._principal,
+            user=whose.user,
+            tier=whose.tier,
+            call_id=request.call_id,
+            at_ns=request.received_at_ns,
+        )
         self._subjects = subjects_of(self._principal, whose, self._tier, first=True)
         return plan
 
@@ -336,11 +356,7 @@ class MessageCall:
             elif isinstance(step, Sleep):
                 self._settlement.pause()
                 await self._wait.until(step.until)
-                if self._gone:
-                    call.abandoned()
-                elif self._interrupted:
-                    call.stopped()
-                else:
+                if not self._ended_early(call):
                     call.woke()
             elif isinstance(step, Finish):
                 self._finish(step.outcome, plan)
@@ -355,7 +371,14 @@ class MessageCall:
         if isinstance(body, Unfit):
             call.unfit(body.reason, now)
             return
-        self._body = body
+        purse = self._own_purse()
+        paid = await purse.reserve(call.attempts + 1, plan, body, now, speed=self._speed)
+        if self._ended_early(call):
+            return
+        if isinstance(paid, Refused):
+            call.refused(paid, now)
+            return
+        self._body = paid
         text, marks = self._prompt
         self._forecast = forecast = pipeline.forecaster.forecast(
             model, plan.input_tokens_estimate, text, marks, plan.max_tokens, now
@@ -368,7 +391,9 @@ class MessageCall:
                 class_id=class_id,
                 # As they are now: a call from before the settings were read again must not bring the old ones back.
                 limits=pipeline.policies.class_limits(class_id),
-                subjects=self._subjects if not step.again else self._subjects_of_retry(),
+                subjects=purse.watch(
+                    self._subjects if not step.again else self._subjects_of_retry(), digest="", expected_nanousd=0
+                ),
                 input_tokens=forecast.input_tokens,
                 output_tokens=forecast.output_tokens,
                 deadline=plan.deadline,
@@ -397,13 +422,23 @@ class MessageCall:
         if isinstance(result, Turn):
             self._turn = result
             call.admitted(probe=result.probe)
-        elif isinstance(result, Refused):
-            call.refused(result, now)
         elif isinstance(result, Diverted):
             call.diverted(now)
         else:
-            assert isinstance(result, Left)
-            call.abandoned() if self._gone else call.stopped()
+            purse.settle(0)
+            if isinstance(result, Refused):
+                call.refused(result, now)
+            else:
+                assert isinstance(result, Left)
+                self._ended_early(call)
+
+    def _ended_early(self, call: Call) -> bool:
+        """Whether the client left or the process stops while the call waited; the call has been told."""
+        if self._gone:
+            call.abandoned()
+        elif self._interrupted:
+            call.stopped()
+        return self._gone or self._interrupted
 
     def _body_for(self, model: str, plan: Plan) -> bytes | Unfit:
         """The request's bytes for this model: as they came, but for what the model does not take."""
@@ -491,6 +526,7 @@ class MessageCall:
             call.completed(200)
         elif self._gone:
             settlement.left(attempt, plan, answer, relay.fold, status=_CLIENT_CLOSED)
+            self._own_purse().settle(settlement.attempt_nanousd)
             pipeline.traffic.neutral(self._its_turn())
             self._end_turn(uncached(settlement.usage), settlement.usage.output_tokens)
             call.abandoned()
@@ -582,6 +618,8 @@ class MessageCall:
             self._client.tick(now, answering=self._relay is not None)
         if self._relay is not None:
             self._relay.tick(now)
+        if self._purse is not None:
+            self._purse.tick(now)
         if self._background_until is not None and now > self._background_until and self._connection is not None:
             self._connection.abort()
 
@@ -629,6 +667,9 @@ class MessageCall:
                 self._exchange.end()
                 return 200
             error_type, code, message = cut_error(failure, interrupted=self._interrupted)
+            cut = self._own_purse().cut
+            if cut is not None:
+                error_type, code, message = cut.error_type, cut.error_code, cut.message
             self._client.end(errors.event(error_type, message, code=code, request_id=call_id))
             return 200
         if self._interrupted:
@@ -700,7 +741,16 @@ class MessageCall:
         )
         return lines + own_headers.limit_lines(self._pipeline.traffic.limits, self._subjects, self._pipeline.now_ns())
 
-    # the turn
+    # the turn and the money
+
+    def _own_purse(self) -> Purse:
+        assert self._purse is not None, "made before the first attempt"
+        return self._purse
+
+    def _cut(self) -> None:
+        """A budget is used up in mid-answer: the stream ends here."""
+        if self._relay is not None:
+            self._relay.broke(Failure(kind="reset", status=200, message="A budget is used up.", should_retry=False))
 
     def _its_turn(self) -> Turn:
         assert self._turn is not None, "an attempt is made in its turn"
@@ -724,11 +774,15 @@ class MessageCall:
         self._scanned = None
 
     def _progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> None:
-        tokens = self._settlement.progressed(attempt, plan, fold)
-        self._pipeline.traffic.progressed(self._its_turn(), input_tokens=uncached(fold.usage), output_tokens=tokens)
+        seen = self._settlement.progressed(attempt, plan, fold)
+        self._pipeline.traffic.progressed(
+            self._its_turn(), input_tokens=uncached(fold.usage), output_tokens=seen.output_tokens
+        )
+        self._own_purse().progressed(seen, fold.model or attempt.model, self._cut)
 
     def _answered(self, model: str, usage: Usage) -> None:
         """The model gave a whole answer."""
+        self._own_purse().settle(self._settlement.attempt_nanousd)
         pipeline, plan, whose = self._pipeline, self._plan, self._whose
         pipeline.forecaster.ended(model, usage.output_tokens)
         if whose.conversation and plan is not None and model != plan.models[0]:
@@ -747,8 +801,8 @@ class MessageCall:
             pipeline.traffic.throttled(turn, retry_after_s=failure.retry_after_s, ramp=ramp)
         elif why is Cause.SPEND_CAP:
             pipeline.traffic.spend_cap(failure_code(failure))
-        counts = why in OUTAGE
-        if why is Cause.AMBIGUOUS:
+        counts = why in OUTAGE and self._own_purse().cut is None
+        if why is Cause.AMBIGUOUS and counts:
             counts = pipeline.traffic.poison.failed(self._fingerprint(), now)
         pipeline.traffic.failed(turn) if counts else pipeline.traffic.neutral(turn)
         if fold is not None and fold.started:
@@ -789,6 +843,7 @@ class MessageCall:
             # The process ends: whatever broke, nothing is tried again.
             failure = msgspec.structs.replace(failure, should_retry=False)
         self._settlement.failed(attempt, plan, failure, self._last_answer, fold)
+        self._own_purse().settle(self._settlement.attempt_nanousd)
         self._broken(failure, fold)
         if cause(failure) is Cause.CREDENTIAL:
             log.error(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from headgate.gateway.budgets import BudgetRules, Caps, TierCaps, nanousd
 from headgate.gateway.settings import PacingClassSection, PacingSection, Settings, TierSection
 from headgate.policy.breaker import BreakerPolicy
 from headgate.policy.experiments import Arm, Experiment
@@ -23,7 +24,7 @@ COUNTING_CLASS = "count_tokens"
 """Class of `count_tokens`, which Anthropic limits apart from messages."""
 START_TIER: TierName = "tier2"
 """The article's; where no tier is set, its limits hold until Anthropic's headers say others."""
-MONEY = frozenset({"budget_usd_day", "budget_usd_month", "total_usd_day", "total_usd_month"})
+MONEY = {"budget_usd_day", "budget_usd_month", "total_usd_day", "total_usd_month"}
 _PROBE_GRACE_S = 30.0
 """A probe of a breaker is lost when it takes this much longer than any answer may take to begin."""
 
@@ -62,6 +63,7 @@ class Policies(msgspec.Struct, frozen=True):
     spend_cap_probe_s: float
     deadline_s: float
     """Of a request that names none: for queue and retries together."""
+    budgets: BudgetRules
 
     def tier(self, name: str) -> Tier:
         """The tier of this name; one that nobody has named in the settings is the free one."""
@@ -119,12 +121,29 @@ def policies(settings: Settings, catalog: Catalog) -> Policies:
         poison_failures=breaker.poison_failures,
         spend_cap_probe_s=breaker.spend_cap_probe_s,
         deadline_s=settings.queue.deadline_s,
+        budgets=_budgets(settings),
     )
 
 
 def _tier(name: str, section: TierSection) -> Tier:
     # Money is told to the budgets (`budgets.py`); a tier is about rates.
     return Tier(name=name, **section.model_dump(exclude=MONEY))
+
+
+def _budgets(settings: Settings) -> BudgetRules:
+    everybody = settings.budgets
+    return BudgetRules(
+        everybody=Caps(nanousd(everybody.usd_day), nanousd(everybody.usd_month)),
+        tiers={
+            name: TierCaps(
+                person=Caps(nanousd(tier.budget_usd_day), nanousd(tier.budget_usd_month)),
+                total=Caps(nanousd(tier.total_usd_day), nanousd(tier.total_usd_month)),
+            )
+            for name, tier in settings.tiers.items()
+        },
+        alert_day_nanousd=nanousd(everybody.alert_usd_day),
+        clamp=everybody.clamp,
+    )
 
 
 def _class_limits(pacing: PacingSection, *, rate_class: str, line: str) -> ClassLimits:

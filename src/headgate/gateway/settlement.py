@@ -78,6 +78,7 @@ class Settlement:
         "_accounts",
         "_ended",
         "_request",
+        "attempt_nanousd",
         "cost_nanousd",
         "estimated",
         "saved_nanousd",
@@ -91,6 +92,8 @@ class Settlement:
         self._ended: list[LedgerEvent] = []
         self.usage = NO_USAGE
         self.estimated = False
+        self.attempt_nanousd = 0
+        """Of the attempt that ended last."""
         self.cost_nanousd = 0
         """Over all attempts."""
         self.saved_nanousd = 0
@@ -137,13 +140,14 @@ class Settlement:
             )
         )
 
-    def progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> int:
-        """Output so far; returns its tokens."""
-        tokens = self._seen(attempt, plan, fold).output_tokens
+    def progressed(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> Usage:
+        """Output so far; returns what has been used."""
+        seen = self._seen(attempt, plan, fold)
+        tokens = seen.output_tokens
         self._accounts.ledger.write(
             AttemptProgress(call_id=self._request.call_id, number=attempt.number, output_tokens=tokens)
         )
-        return tokens
+        return seen
 
     def completed_stream(self, attempt: Attempt, answer: Answer, fold: StreamFold) -> None:
         """The stream came to its end: exact."""
@@ -258,6 +262,7 @@ class Settlement:
         self.usage = usage
         self.estimated = state == "estimated"
         self.saved_nanousd = cost.saved_nanousd
+        self.attempt_nanousd = cost.cost_nanousd
         self.cost_nanousd += cost.cost_nanousd
         return cost.cost_nanousd
 

@@ -124,6 +124,11 @@ class MessageRequest:
         return _string.decode(user_id) if user_id[:1] == b'"' else ""
 
     @property
+    def speed(self) -> str:
+        """`speed` as it is asked for; `standard` where it is not."""
+        return "fast" if self.raw("speed") == b'"fast"' else "standard"
+
+    @property
     def uses_server_state(self) -> bool:
         """True for requests whose state lives at Anthropic and must not be sent anywhere else (design §6)."""
         return any(name in self._raws for name in ("thread", "previous_message_id", "container"))
