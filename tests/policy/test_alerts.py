@@ -56,6 +56,13 @@ def test_memory_is_bounded_and_the_one_told_longest_ago_may_be_told_again():
     assert book.raised(alert("first")) is not None
 
 
+def test_what_was_told_again_was_told_last():
+    book = AlertBook(open_max=2)
+    for at_ns, subject in ((0, "a"), (1, "b"), (TOLD_AGAIN_AFTER_NS, "a"), (TOLD_AGAIN_AFTER_NS, "c")):
+        assert book.raised(alert(subject, at_ns=at_ns)) is not None
+    assert [book.is_open("spend_velocity", each) for each in "abc"] == [True, False, True]
+
+
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["raise", "end"]), st.integers(0, 30)), max_size=60))
 def test_between_two_messages_of_a_cause_lies_an_end_or_a_day(steps):
     book, now_ns = AlertBook(), 0

@@ -65,6 +65,7 @@ def test_without_a_day_of_history_the_absolute_line_trips():
     trip = spend(velocity, 1, 1.0)
     assert trip is not None
     assert (trip.subject, trip.window_nanousd, trip.limit_nanousd, trip.p99_nanousd) == (AN, 2 * USD + 1, 2 * USD, None)
+    assert trip.in_flight_nanousd == 0
     assert velocity.throttled(AN, 1.0)
     assert velocity.tripped(AN)
     assert not velocity.throttled(BINH, 1.0)
@@ -149,7 +150,7 @@ def test_idle_hours_are_not_counted_as_cheap_ones():
 
 def test_one_dear_window_of_a_short_history_is_no_excuse():
     velocity = SpendVelocity()
-    velocity.seed({AN: {**week_of(CENT, 200), 50: 10 * USD}}, 0.0)
+    velocity.seed({AN: dict.fromkeys(range(150, 200), CENT) | {170: 10 * USD}}, 0.0)
     assert limit_of(velocity) == 50 * CENT
 
 
@@ -168,12 +169,15 @@ def test_the_loop_on_a_20_dollar_key_trips_before_4_also_with_busy_hours_behind_
     assert (number + 1) * 11 * CENT < 4 * USD
 
 
-def test_a_key_has_the_line_once_for_each_of_its_people():
+def test_a_key_without_history_has_the_limits_of_its_people_and_none_of_its_own():
     velocity = SpendVelocity()
     for number in range(200):
-        assert spend(velocity, 2 * CENT, 0.1 * number, "key:app", person=f"p{number}") is None
-    assert limit_of(velocity, "key:app", 20.0) == 400 * USD
-    assert limit_of(velocity, "key:app", 5_000.0) == 2 * USD, "they are gone"
+        assert spend(velocity, 10 * CENT, 0.1 * number, "key:app", person=f"p{number}") is None
+    (stands,) = velocity.snapshot(20.0)
+    assert (stands.limit_nanousd, stands.limit_from, stands.people) == (None, "people", 200)
+    assert not velocity.throttled("key:app", 20.0)
+    (stands,) = velocity.snapshot(5_000.0)
+    assert (stands.limit_nanousd, stands.limit_from, stands.people) == (2 * USD, "line", 0)
 
 
 def test_people_raise_the_limit_of_a_key_with_history_and_never_lower_it():
@@ -212,6 +216,18 @@ def test_without_an_estimate_a_call_is_expected_to_cost_what_the_last_ones_did()
     assert velocity.throttled(AN, 1.0)
 
 
+def test_what_is_under_way_without_an_estimate_counts_once_the_first_is_paid():
+    velocity = SpendVelocity()
+    for number in range(20):
+        velocity.began(AN, f"call_{number}", 0, 0.0)
+    assert not velocity.throttled(AN, 0.0)
+    velocity.spent(AN, 11 * CENT, "call_0", 1.0)
+    assert velocity.throttled(AN, 1.0)
+    for number in range(1, 20):
+        velocity.spent(AN, CENT, f"call_{number}", 2.0)
+    assert velocity.snapshot(2.0)[0].in_flight_nanousd == 0
+
+
 def test_what_is_told_twice_of_a_call_counts_once_and_the_last_word_counts():
     velocity = SpendVelocity()
     for expected in (CENT, 3 * CENT, 2 * CENT):
@@ -236,6 +252,71 @@ def test_a_call_whose_end_is_never_told_is_forgotten_after_an_hour():
     velocity.began(AN, "call_1", 3 * USD, 0.0)
     assert velocity.throttled(AN, IN_FLIGHT_S_MAX - 1)
     assert not velocity.throttled(AN, IN_FLIGHT_S_MAX)
+
+
+def test_who_is_held_back_for_half_a_minute_is_told_of_once_and_let_go_with_the_calls():
+    velocity = SpendVelocity()
+    velocity.began(AN, "call_1", 3 * USD, 0.0)
+    assert velocity.throttled(AN, 0.0)
+    assert [velocity.held_back(now_s) for now_s in (10.0, 20.0, 29.9)] == [(), (), ()]
+    (told,) = velocity.held_back(30.0)
+    assert (told.subject, told.window_nanousd, told.in_flight_nanousd, told.limit_nanousd) == (AN, 0, 3 * USD, 2 * USD)
+    assert velocity.held_back(31.0) == ()
+    assert velocity.tick(40.0) == ()
+    velocity.spent(AN, USD, "call_1", 41.0)
+    assert not velocity.throttled(AN, 41.0)
+    assert velocity.tick(51.0) == ()
+    assert velocity.tick(51.1) == (AN,), "twenty seconds after it was last seen"
+    assert velocity.tick(52.0) == ()
+    velocity.began(AN, "call_2", 3 * USD, 60.0)
+    assert velocity.throttled(AN, 60.0)
+    assert [len(velocity.held_back(now_s)) for now_s in (75.0, 90.0)] == [0, 1], "and told again"
+
+
+def test_who_is_refused_and_comes_again_has_been_held_back_all_the_time():
+    velocity = SpendVelocity()
+    for now_s in (0.0, 15.0, 30.0, 45.0):
+        velocity.began(AN, "call_1", 3 * USD, now_s)
+        assert velocity.throttled(AN, now_s)
+        velocity.forget_call(AN, "call_1")
+        told = velocity.held_back(now_s + 1.0)
+        assert len(told) == (now_s == 30.0)
+        assert velocity.tick(now_s + 1.0) == ()
+
+
+def test_who_is_held_back_can_be_released_too():
+    velocity = SpendVelocity()
+    velocity.began(AN, "call_1", 3 * USD, 0.0)
+    assert velocity.throttled(AN, 0.0)
+    assert velocity.snapshot(0.0)[0].held_back
+    assert velocity.release(AN, 1.0)
+    assert not velocity.throttled(AN, 1.0)
+    assert not velocity.snapshot(1.0)[0].held_back
+    assert velocity.tick(60.0) == ()
+
+
+def test_who_is_held_back_for_a_moment_is_not_told_of():
+    velocity = SpendVelocity()
+    velocity.began(AN, "call_1", 3 * USD, 0.0)
+    assert velocity.throttled(AN, 0.0)
+    velocity.forget_call(AN, "call_1")
+    assert velocity.held_back(40.0) == ()
+    assert velocity.tick(40.0) == ()
+    velocity.began(AN, "call_2", 3 * USD, 50.0)
+    assert velocity.throttled(AN, 50.0)
+    assert velocity.held_back(60.0) == (), "it was not held back all the time"
+    assert [len(velocity.held_back(now_s)) for now_s in (70.0, 80.0)] == [0, 1]
+
+
+def test_who_is_told_of_and_then_trips_is_let_go_by_the_trip_alone():
+    velocity = SpendVelocity()
+    velocity.began(AN, "call_1", 3 * USD, 0.0)
+    velocity.throttled(AN, 0.0)
+    assert [len(velocity.held_back(now_s)) for now_s in (15.0, 30.0)] == [0, 1]
+    assert velocity.spent(AN, 3 * USD, "call_1", 31.0) is not None
+    assert velocity.held_back(62.0) == ()
+    assert velocity.tick(4_000.0) == ()
+    assert velocity.tick(5_000.0) == (AN,)
 
 
 def test_what_is_under_way_is_bounded():
@@ -286,6 +367,8 @@ def test_who_was_released_has_twice_the_limit_for_an_hour_and_what_was_spent_is_
     spend(velocity, 2 * USD + 1, 0.0)
     assert velocity.release(AN, 60.0)
     assert not velocity.release(AN, 60.0)
+    assert velocity.graced(AN, 60.0)
+    assert not velocity.graced(BINH, 60.0)
     assert not velocity.throttled(AN, 60.0)
     assert spend(velocity, 4 * USD, 61.0) is None
     assert spend(velocity, 1, 62.0) is not None, "a loop that goes on trips again, after four dollars"
@@ -293,6 +376,7 @@ def test_who_was_released_has_twice_the_limit_for_an_hour_and_what_was_spent_is_
     assert spend(velocity, 8 * USD, 64.0) is None
     assert limit_of(velocity, now_s=63.0 + 3599.0) == 8 * USD
     assert limit_of(velocity, now_s=63.0 + 3600.0) == 2 * USD
+    assert not velocity.graced(AN, 63.0 + 3600.0)
 
 
 def test_no_release_lifts_a_limit_beyond_sixteen_times():
@@ -319,6 +403,24 @@ def test_what_an_operator_released_is_history():
         if spend(velocity, 5 * USD, now_s) is not None:
             velocity.release(AN, now_s + 1.0)
     assert limit_of(velocity, now_s=150 * 600.0) == pytest.approx(25 * USD, rel=0.1)
+
+
+def test_a_trip_that_was_released_at_once_is_history_too():
+    velocity = SpendVelocity()
+    for number in range(30):
+        now_s = number * 7_200.0
+        if spend(velocity, 5 * USD, now_s) is not None:
+            velocity.release(AN, now_s + 1.0)
+    assert limit_of(velocity, now_s=30 * 7_200.0) == pytest.approx(25 * USD, rel=0.1)
+
+
+def test_a_window_that_tripped_teaches_nothing_when_time_released_it():
+    velocity = seeded(CENT, 200, policy=VelocityPolicy(hold_s=10.0))
+    for number in range(10):
+        now_s = number * 3_000.0
+        velocity.tick(now_s)
+        assert spend(velocity, USD, now_s) is not None
+    assert limit_of(velocity, now_s=30_000.0) == 50 * CENT
 
 
 def test_history_is_a_week_long():
@@ -352,6 +454,13 @@ def test_memory_is_bounded_and_who_is_held_goes_last():
         assert len(velocity) <= 100
     assert not velocity.throttled(AN, 4.0)
     assert len(velocity.tick(100_000.0)) == 100
+
+
+def test_the_people_of_a_key_are_bounded():
+    velocity = SpendVelocity()
+    for number in range(IN_FLIGHT_MAX + 5):
+        velocity.spent("key:app", 0, "call", 0.0, person=f"p{number}")
+    assert velocity.snapshot(0.0)[0].people == IN_FLIGHT_MAX
 
 
 def test_asking_remembers_nothing():

@@ -10,12 +10,14 @@ The limit of ten minutes
   pays $30 an hour all week may go on, and who pays a cent is held at fifty and not at two hundred;
 - for who has a cap a day as well: at most an eighth of it, or twice their own percentile where that is more. Five times
   a busy hour may be a quarter of the cap, and then $20 would be gone in forty minutes;
-- a key that several people used in these ten minutes has the line once for each: two hundred people on the first day of
-  an app are no loop, and the one among them who is one is held as a person.
+- a key without a day of history has none beside those of the people who use it: two hundred people on the first day of
+  an app are no loop, nor is a new key of who pays $30 an hour. One with a history, which is how a small script is
+  caught, has at least the line once for each of several people.
 
 What was spent trips, and the trip holds until an hour after it has calmed down. What is under way is counted at what it
 is expected to cost, holds back at once, and is forgotten as soon as it is known better: a hundred calls that start
-together are held before the first is paid, and an estimate that was too high costs nobody an hour.
+together are held before the first is paid, and an estimate that was too high costs nobody an hour. Who is held back for
+half a minute is told of like a trip.
 
 What is spent in a trip teaches nothing, or a loop of two hours would be its own excuse for a week; an operator who
 releases it says that it was right.
@@ -28,6 +30,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Mapping
+from heapq import nlargest
 from math import ceil
 from typing import Literal
 
@@ -47,17 +50,21 @@ CAP_SHARE = 8
 CAP_FACTOR = 2
 GRACE_S = 3600.0
 GRACE_FACTOR_MAX = 16
+HELD_BACK_TOLD_S = 30.0
+HELD_BACK_GAP_S = 20.0
+"""Who is refused and comes again within it has been held back all the time."""
 CALLS_SHOWN = 10
 IN_FLIGHT_S_MAX = 3600.0
 """A call whose end was never told is forgotten after it."""
 IN_FLIGHT_MAX = 1_000
 """Of one subject, and the people of one key. Beyond it the oldest is no longer counted."""
 SUBJECTS_MAX = 5_000
-"""Some 3 KB each, 15 MB at most. Beyond it who spent longest ago is forgotten, and who is held last of all."""
+"""5 KB each at most (measured), 25 MB. Beyond it who spent longest ago is forgotten, and who is held last of all."""
 LOOP_CALLS = 30
 LOOP_DIGESTS_MAX = 4_096
 """Some 1 KB each at most, 4 MB. Beyond it the digest that was seen longest ago is forgotten."""
 
+_NO_LIMIT = 1 << 63
 _LEVEL_BASE_NANOUSD = 1_000
 _WORTH = (0, *(ceil(_LEVEL_BASE_NANOUSD * 2 ** (step / 8)) for step in range(255)))
 """Levels of one byte, each 9 % above the one before: from $0.000001 to $3,600 in ten minutes."""
@@ -80,11 +87,13 @@ DEFAULT_POLICY = VelocityPolicy()
 
 
 class Trip(Record, frozen=True, gc=False):
-    """A subject went over its limit. `calls` are the last that led to it, the latest last."""
+    """A subject went over its limit, or will with what is under way. `calls` are the last that led to it, in order."""
 
     subject: str
     window_nanousd: int
     """Spent in ten minutes, without what is under way."""
+    in_flight_nanousd: int
+    """What is under way is expected to cost."""
     limit_nanousd: int
     p99_nanousd: int | None
     """Of its own history, at most 9 % too high; None where there was too little of it."""
@@ -107,16 +116,19 @@ class SubjectSpend(Record, frozen=True, gc=False):
     subject: str
     window_nanousd: int
     in_flight_nanousd: int
-    limit_nanousd: int
-    limit_from: Literal["line", "history"]
+    limit_nanousd: int | None
+    limit_from: Literal["line", "history", "people"]
+    """`people`: a new key, which those of its people hold; it has none of its own."""
     p99_nanousd: int | None
     history_windows: int
     """Of ten minutes each, in which it spent something."""
     people: int
-    """That used a key in the window; 1 for a person."""
+    """That used a key in the window; 0 for a person."""
     grace: int
     """The limit is so many times what it would be: an operator released it."""
     tripped: bool
+    held_back: bool
+    """By what is under way."""
     held_s: float
     """Until it is let go by itself if it stays calm; 0 when it is not held."""
 
@@ -125,6 +137,7 @@ class _Subject:
     """One subject's state."""
 
     __slots__ = (
+        "bucket",
         "buckets",
         "calls",
         "cap_nanousd",
@@ -135,6 +148,7 @@ class _Subject:
         "history",
         "in_flight",
         "in_flight_nanousd",
+        "in_flight_unknown",
         "p99_nanousd",
         "people",
         "teaches",
@@ -145,6 +159,8 @@ class _Subject:
     )
 
     def __init__(self, now_s: float) -> None:
+        self.bucket = int(now_s // BUCKET_S)
+        """Up to which it was brought."""
         self.buckets: deque[tuple[int, int]] = deque()
         """Number of the bucket and what was spent in it, oldest first; those of the window."""
         self.total_nanousd = 0
@@ -152,6 +168,8 @@ class _Subject:
         self.in_flight: OrderedDict[str, tuple[float, int]] = OrderedDict()
         """When it began and what it is expected to cost, by call."""
         self.in_flight_nanousd = 0
+        self.in_flight_unknown = 0
+        """Calls of which nothing is expected yet."""
         self.people: OrderedDict[str, int] = OrderedDict()
         """The bucket in which each was last seen, oldest first."""
         self.cap_nanousd: int | None = None
@@ -178,6 +196,9 @@ class SpendVelocity:
         """The one that was told of longest ago first."""
         self._subjects_max = subjects_max
         self._tripped: dict[str, None] = {}
+        self._held_back: dict[str, tuple[float, float]] = {}
+        """Since when by what is under way, and when that was last seen."""
+        self._told_back: dict[str, None] = {}
         self._now_s = float("-inf")
 
     def __len__(self) -> int:
@@ -220,20 +241,19 @@ class SpendVelocity:
     ) -> None:
         """A call is about to start. Told again for the same call, the last word counts.
 
-        `expected_nanousd` is what it will probably cost, not the most it could; 0: as much as this subject's calls of
-        the window did. `person` is who used a key; `cap_day_nanousd` what the subject may spend a day.
+        `expected_nanousd` is what it will probably cost, not the most it could; 0: as much as the last ten calls of
+        this subject did. `person` is who used a key; `cap_day_nanousd` what the subject may spend a day.
         """
         now_s = self._forward(now_s)
         subject = self._subject(subject_id, now_s)
         self._note(subject, person, cap_day_nanousd, now_s)
-        if expected_nanousd <= 0 and subject.calls:
-            expected_nanousd = sum(call.cost_nanousd for call in subject.calls) // len(subject.calls)
-        at, known = subject.in_flight.get(call_id, (now_s, 0))
+        at = subject.in_flight[call_id][0] if call_id in subject.in_flight else now_s
+        _landed(subject, call_id)
         subject.in_flight[call_id] = (at, expected_nanousd)
-        subject.in_flight_nanousd += expected_nanousd - known
+        subject.in_flight_nanousd += expected_nanousd
+        subject.in_flight_unknown += not expected_nanousd
         if len(subject.in_flight) > IN_FLIGHT_MAX:
-            _, (_, dropped) = subject.in_flight.popitem(last=False)
-            subject.in_flight_nanousd -= dropped
+            _landed(subject, next(iter(subject.in_flight)))
 
     def spent(
         self,
@@ -252,7 +272,7 @@ class SpendVelocity:
         now_s = self._forward(now_s)
         subject = self._subject(subject_id, now_s)
         self._note(subject, person, cap_day_nanousd, now_s)
-        self._landed(subject, call_id)
+        _landed(subject, call_id)
         if nanousd <= 0:
             return None
         bucket = int(now_s // BUCKET_S)
@@ -272,13 +292,15 @@ class SpendVelocity:
         subject.tripped = True
         subject.teaches = False
         self._tripped[subject_id] = None
-        return Trip(subject_id, subject.total_nanousd, limit, subject.p99_nanousd, tuple(subject.calls))
+        self._held_back.pop(subject_id, None)
+        self._told_back.pop(subject_id, None)
+        return _trip(subject_id, subject, limit)
 
     def forget_call(self, subject_id: str, call_id: str) -> None:
         """What was expected of a call is not this subject's any more."""
         subject = self._subjects.get(subject_id)
         if subject is not None:
-            self._landed(subject, call_id)
+            _landed(subject, call_id)
 
     def throttled(self, subject_id: str, now_s: float) -> bool:
         """Whether it is held to one call at a time: tripped, or about to with what is under way."""
@@ -288,26 +310,57 @@ class SpendVelocity:
             return False
         if subject.tripped and now_s < subject.held_until:
             return True
-        self._advance(subject, now_s)
-        if not subject.total_nanousd + subject.in_flight_nanousd:
+        if not self._is_over(subject, now_s):
             return False
-        return subject.total_nanousd + subject.in_flight_nanousd > self._limit(subject, now_s)
+        if not subject.tripped:
+            self._see_held_back(subject_id, now_s)
+        return True
+
+    def held_back(self, now_s: float) -> tuple[Trip, ...]:
+        """Who has been held back for half a minute by what is under way, once each; to be called every few seconds.
+
+        It is no trip: it ends with what is under way, and `tick` says so.
+        """
+        now_s = self._forward(now_s)
+        told = []
+        for subject_id in list(self._held_back):
+            subject = self._subjects.get(subject_id)
+            if subject is None:
+                continue  # `tick` forgets it
+            if self._is_over(subject, now_s):
+                self._see_held_back(subject_id, now_s)
+            since, seen = self._held_back[subject_id]
+            if seen - since >= HELD_BACK_TOLD_S and subject_id not in self._told_back:
+                self._told_back[subject_id] = None
+                told.append(_trip(subject_id, subject, self._limit(subject, now_s)))
+        return tuple(told)
+
+    def _see_held_back(self, subject_id: str, now_s: float) -> None:
+        since, seen = self._held_back.get(subject_id, (now_s, now_s))
+        self._held_back[subject_id] = (since if now_s - seen <= HELD_BACK_GAP_S else now_s, now_s)
 
     def tripped(self, subject_id: str) -> bool:
         """Whether it went over with what was spent, and nothing has ended that."""
         return subject_id in self._tripped
 
+    def graced(self, subject_id: str, now_s: float) -> bool:
+        """Whether an operator released it within the hour."""
+        subject = self._subjects.get(subject_id)
+        return subject is not None and self._forward(now_s) < subject.grace_until
+
     def release(self, subject_id: str, now_s: float) -> bool:
-        """An operator lets it go. False when it was not tripped.
+        """An operator lets it go. False when it was neither tripped nor held back.
 
         What it spent so far is forgiven, and its limit is double for an hour; released again within the hour it
         doubles again, up to sixteen times.
         """
         now_s = self._forward(now_s)
         subject = self._subjects.get(subject_id)
-        if subject is None or not subject.tripped:
+        if subject is None or not (subject.tripped or subject_id in self._held_back):
             return False
         self._advance(subject, now_s)
+        self._held_back.pop(subject_id, None)
+        self._told_back.pop(subject_id, None)
         subject.grace = min(subject.grace * 2, GRACE_FACTOR_MAX) if now_s < subject.grace_until else 2
         subject.grace_until = now_s + GRACE_S
         subject.buckets.clear()
@@ -317,37 +370,60 @@ class SpendVelocity:
         return True
 
     def tick(self, now_s: float) -> tuple[str, ...]:
-        """Let go whose time is over. Returns them; to be called every few seconds."""
+        """Let go whose time is over. Returns them, and who was told of and is not held back any more.
+
+        To be called every few seconds.
+        """
         now_s = self._forward(now_s)
         over = [each for each in self._tripped if now_s >= self._subjects[each].held_until]
         for subject_id in over:
             subject = self._subjects[subject_id]
             self._advance(subject, now_s)
             self._end_trip(subject_id, subject)
-        return tuple(over)
+        free = []
+        for subject_id, (_, seen) in list(self._held_back.items()):
+            if now_s - seen > HELD_BACK_GAP_S and not self._is_over(self._subjects.get(subject_id), now_s):
+                del self._held_back[subject_id]
+                if subject_id in self._told_back:
+                    del self._told_back[subject_id]
+                    free.append(subject_id)
+        return (*over, *free)
 
     def snapshot(self, now_s: float, *, most: int = 200) -> tuple[SubjectSpend, ...]:
         """Who is held first, then who spends most; at most `most`."""
         now_s = self._forward(now_s)
-        for subject in self._subjects.values():
+        # By what was spent when each was last looked at, which is never less: to bring 5,000 to now would take 70 ms.
+        likely = nlargest(2 * most, self._subjects.items(), key=self._rank)
+        for _, subject in likely:
             self._advance(subject, now_s)
-        order = sorted(self._subjects.items(), key=lambda one: (not one[1].tripped, -one[1].total_nanousd))
-        return tuple(self._view(subject_id, subject, now_s) for subject_id, subject in order[:most])
+        likely.sort(key=self._rank, reverse=True)
+        return tuple(self._view(subject_id, subject, now_s) for subject_id, subject in likely[:most])
+
+    def _rank(self, one: tuple[str, _Subject]) -> tuple[bool, bool, int]:
+        return one[1].tripped, one[0] in self._held_back, one[1].total_nanousd
 
     def _view(self, subject_id: str, subject: _Subject, now_s: float) -> SubjectSpend:
+        limit = self._limit(subject, now_s)
         return SubjectSpend(
             subject=subject_id,
             window_nanousd=subject.total_nanousd,
-            in_flight_nanousd=subject.in_flight_nanousd,
-            limit_nanousd=self._limit(subject, now_s),
-            limit_from="line" if subject.p99_nanousd is None else "history",
+            in_flight_nanousd=_in_flight(subject),
+            limit_nanousd=None if limit == _NO_LIMIT else limit,
+            limit_from="history" if subject.p99_nanousd is not None else "people" if subject.people else "line",
             p99_nanousd=subject.p99_nanousd,
             history_windows=len(subject.history) - subject.history.count(0),
-            people=max(len(subject.people), 1),
+            people=len(subject.people),
             grace=subject.grace if now_s < subject.grace_until else 1,
             tripped=subject.tripped,
+            held_back=subject_id in self._held_back,
             held_s=max(subject.held_until - now_s, 0.0) if subject.tripped else 0.0,
         )
+
+    def _is_over(self, subject: _Subject | None, now_s: float) -> bool:
+        if subject is None:
+            return False
+        self._advance(subject, now_s)
+        return subject.total_nanousd + _in_flight(subject) > self._limit(subject, now_s)
 
     def _limit(self, subject: _Subject, now_s: float) -> int:
         """Nano-dollars that ten minutes may cost."""
@@ -355,7 +431,9 @@ class SpendVelocity:
         p99 = subject.p99_nanousd
         people = len(subject.people)
         if p99 is None:
-            limit = line * max(people, 1)
+            if people:
+                return _NO_LIMIT
+            limit = line
         else:
             limit = int(p99 * self.policy.history_factor)
             if subject.cap_nanousd is not None:
@@ -391,14 +469,13 @@ class SpendVelocity:
             if len(subject.people) > IN_FLIGHT_MAX:
                 subject.people.popitem(last=False)
 
-    def _landed(self, subject: _Subject, call_id: str) -> None:
-        landed = subject.in_flight.pop(call_id, None)
-        if landed is not None:
-            subject.in_flight_nanousd -= landed[1]
-
     def _advance(self, subject: _Subject, now_s: float) -> None:
         """Bring a subject to now: what left the window, and what became history."""
-        oldest = int(now_s // BUCKET_S) - BUCKETS
+        bucket = int(now_s // BUCKET_S)
+        if bucket == subject.bucket:
+            return
+        subject.bucket = bucket
+        oldest = bucket - BUCKETS
         while subject.buckets and subject.buckets[0][0] <= oldest:
             subject.total_nanousd -= subject.buckets.popleft()[1]
         while subject.people and next(iter(subject.people.values())) <= oldest:
@@ -407,7 +484,7 @@ class SpendVelocity:
             call_id, (at, _) = next(iter(subject.in_flight.items()))
             if now_s - at < IN_FLIGHT_S_MAX:
                 break
-            self._landed(subject, call_id)
+            _landed(subject, call_id)
         window = int(now_s // WINDOW_S)
         if window == subject.window:
             return
@@ -427,10 +504,7 @@ class SpendVelocity:
         Those without are left out, or who works an hour a week would have a percentile of nothing. The dearest never
         decides alone: one bad quarter of an hour in a short history is no measure.
         """
-        # The level of the window that runs is seven days old.
-        levels = sorted(
-            level for at, level in enumerate(subject.history) if level and at != subject.window % HISTORY_WINDOWS
-        )
+        levels = sorted(filter(None, subject.history))
         if len(levels) < HISTORY_WINDOWS_MIN or now_s - subject.first_at < HISTORY_S_MIN:
             subject.p99_nanousd = None
         else:
@@ -478,6 +552,32 @@ class LoopDetector:
         if len(seen) <= self._calls or now_s - seen[0][0] >= WINDOW_S:
             return None
         return Loop(subject_id, digest, len(seen), tuple(call for _, call in list(seen)[-CALLS_SHOWN:]))
+
+
+def _landed(subject: _Subject, call_id: str) -> None:
+    landed = subject.in_flight.pop(call_id, None)
+    if landed is not None:
+        subject.in_flight_nanousd -= landed[1]
+        subject.in_flight_unknown -= not landed[1]
+
+
+def _in_flight(subject: _Subject) -> int:
+    """What is under way is expected to cost."""
+    if not subject.in_flight_unknown or not subject.calls:
+        return subject.in_flight_nanousd
+    usual = sum(call.cost_nanousd for call in subject.calls) // len(subject.calls)
+    return subject.in_flight_nanousd + subject.in_flight_unknown * usual
+
+
+def _trip(subject_id: str, subject: _Subject, limit_nanousd: int) -> Trip:
+    return Trip(
+        subject=subject_id,
+        window_nanousd=subject.total_nanousd,
+        in_flight_nanousd=_in_flight(subject),
+        limit_nanousd=limit_nanousd,
+        p99_nanousd=subject.p99_nanousd,
+        calls=tuple(subject.calls),
+    )
 
 
 def _level(nanousd: int) -> int:
