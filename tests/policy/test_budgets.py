@@ -273,6 +273,15 @@ def test_what_happens_while_the_ledger_is_read_is_not_undone():
     assert use(budgets, "user:an") == (50 + 15 + 12 + 20, 0)
 
 
+def test_what_was_reserved_while_the_ledger_was_read_is_not_taken_for_a_lost_one():
+    budgets = Budgets()
+    cut = budgets.cut(NOON_NS)
+    budgets.reserve(ask("a", 40), 0.0)
+    window = window_id(AT.day, "user:an")
+    budgets.correct(corrections(cut, Spent(NOON_NS, {}, (OpenAttempt("a", 40, (window,)),))))
+    assert use(budgets, "user:an") == (0, 40)
+
+
 def test_days_that_are_over_are_not_corrected():
     budgets = Budgets()
     budgets.reserve(ask("a", 40, at_ns=NOON_NS - DAY_NS), 0.0)

@@ -172,6 +172,7 @@ ACCOUNTS = (
     Account("key:1", None, 120),
     Account("all", 200, 2**49),
     Account("user:binh", 0),
+    Account("user:tie", 60, 60),
 )
 some = st.integers(0, 5)
 amounts = st.sampled_from([0, 1, 7, 30, 60, 101, 10**15])
@@ -226,7 +227,7 @@ def test_the_script_decides_as_the_policy_does(standing, history):
             budgets.renew(known(rest[0]).id, lease_s=rest[1], now=now)
         elif move == "owe":
             number, new, nanousd, live = rest
-            ask = MoneyAsk(f"o{now}{number}", (ACCOUNTS[number % 5],), 1, NOON_NS) if new else known(number)
+            ask = MoneyAsk(f"o{now}{number}", (ACCOUNTS[number],), 1, NOON_NS) if new else known(number)
             asks.append(ask)
             script.run([owing(ask, nanousd, live=live)], now)
             budgets.owe(ask, nanousd, live=live, now=now)

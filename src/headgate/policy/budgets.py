@@ -23,6 +23,7 @@ Memory: an account's windows for as long as they last, when it has spent; an att
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Literal
@@ -264,7 +265,7 @@ class _Attempt:
         self.nanousd = nanousd
         self.state: State = state
         self.ends_at = ends_at
-        """Of the lease while it is live, of the memory after."""
+        """Of the lease."""
 
 
 class Budgets:
@@ -274,12 +275,15 @@ class Budgets:
         self._sums: dict[str, dict[str, _Sum]] = {}
         """By period, then by account."""
         self._attempts: dict[str, _Attempt] = {}
+        self._live: dict[str, _Attempt] = {}
+        self._settled: deque[tuple[float, str]] = deque()
+        """Until when it is remembered, in order: a look at what is live is all that `expire` takes."""
         self._expired = 0
         self._newest_ns = 0
 
     def __len__(self) -> int:
         """Attempts that hold a reservation."""
-        return sum(one.state == "live" for one in self._attempts.values())
+        return len(self._live)
 
     def __contains__(self, ask_id: str) -> bool:
         """Whether it is remembered."""
@@ -310,7 +314,7 @@ class Budgets:
             return self._verdict(ask, windows, admitted=False)
         for period, account, _, _ in windows:
             self._sum(period, account).reserved += ask.upper_nanousd
-        self._attempts[ask.id] = _Attempt(
+        self._attempts[ask.id] = self._live[ask.id] = _Attempt(
             tuple((period, account, cap) for period, account, _, cap in windows),
             ask.upper_nanousd,
             "live",
@@ -342,7 +346,9 @@ class Budgets:
         self._release(attempt)
         self._book(attempt, nanousd)
         self._expired -= attempt.state == "expired"
-        attempt.state, attempt.ends_at = "settled", now + LATELY_S
+        attempt.state = "settled"
+        self._live.pop(ask_id, None)
+        self._settled.append((now + LATELY_S, ask_id))
 
     def renew(self, ask_id: str, *, lease_s: float, now: float) -> None:
         """The attempt is still under way. One whose lease had ended takes back what was booked for it."""
@@ -356,21 +362,18 @@ class Budgets:
                 one.settled -= attempt.nanousd
                 one.reserved += attempt.nanousd
             attempt.state = "live"
+            self._live[ask_id] = attempt
         attempt.ends_at = now + lease_s
 
     def expire(self, now: float) -> int:
         """End the leases that are over and forget what needs no remembering. Returns how many ended."""
-        ended = 0
-        for ask_id, attempt in list(self._attempts.items()):
-            if attempt.ends_at > now:
-                continue
-            if attempt.state == "live":
-                self._release(attempt)
-                attempt.state, ended = "expired", ended + 1
-            elif attempt.state == "settled":
-                del self._attempts[ask_id]
+        ended = [ask_id for ask_id, attempt in self._live.items() if attempt.ends_at <= now]
+        for ask_id in ended:
+            self._release(self._live.pop(ask_id))
+        while self._settled and self._settled[0][0] <= now:
+            del self._attempts[self._settled.popleft()[1]]
         self._drop_past()
-        return ended
+        return len(ended)
 
     def owe(self, ask: MoneyAsk, nanousd: int, *, live: bool, now: float) -> None:
         """What was decided elsewhere, without a look at caps: `nanousd` is reserved (`live`) or was settled."""

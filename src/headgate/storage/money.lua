@@ -18,7 +18,8 @@ local LATELY_S = 20.0
 local KEPT_S, DAY_KEPT_S, MONTH_KEPT_S = 86400, 3 * 86400, 63 * 86400
 local ENDED_MAX = 500 -- leases and memories that one call ends
 local LIVE, SETTLED, EXPIRED = 1, 2, 3
-local max = math.max
+local max, min = math.max, math.min
+local spread = unpack
 local pack, unpack = cmsgpack.pack, cmsgpack.unpack
 
 local now
@@ -121,38 +122,42 @@ local function expire()
   end
 end
 
--- The nearest window of those that have a cap, and how it stands; then what is used of each.
-local function told(admitted, windows)
+-- The nearest window of those that have a cap, then settled and reserved of each.
+local function told(admitted, windows, uses)
   local answer, nearest, nearest_left = { admitted }, 0, nil
   for at, window in ipairs(windows) do
-    local rest = left(window)
-    -- Of two alike the month, which stands after the day.
+    local settled, reserved = uses[2 * at - 1], uses[2 * at]
+    local rest = window[3] - settled - reserved
+    -- Of two alike the month.
     if not nearest_left or rest < nearest_left or (rest == nearest_left and string.sub(window[1], 1, 1) == 'm'
       and string.sub(windows[nearest][1], 1, 1) == 'd') then
       nearest, nearest_left = at, rest
     end
+    answer[2 * at + 1], answer[2 * at + 2] = settled, reserved
   end
   answer[2] = nearest
-  for _, window in ipairs(windows) do
-    answer[#answer + 1] = value_of(window[1], 's', window[2])
-    answer[#answer + 1] = value_of(window[1], 'r', window[2])
-  end
   return answer
 end
 
 -- {1, id, windows, upper, lease_s} -> {1 admitted or 0, the nearest, settled and reserved of each}
 local function reserve(op)
   local id, windows, upper, lease_s = op[2], op[3], op[4], op[5]
-  for _, window in ipairs(windows) do period_of(window[1]) end
+  local uses, fits = {}, true
+  for at, window in ipairs(windows) do
+    local two = redis.call('HMGET', period_of(window[1]), 's:' .. window[2], 'r:' .. window[2])
+    uses[2 * at - 1], uses[2 * at] = tonumber(two[1] or '0'), tonumber(two[2] or '0')
+    fits = fits and window[3] - uses[2 * at - 1] - uses[2 * at] >= upper
+  end
   if generation == '' then return {} end
   local known = read(id)
-  if known then return told(known[1] == LIVE and 1 or 0, windows) end
-  for _, window in ipairs(windows) do
-    if left(window) < upper then return told(0, windows) end
+  if known then return told(known[1] == LIVE and 1 or 0, windows, uses) end
+  if not fits then return told(0, windows, uses) end
+  for at, window in ipairs(windows) do
+    add(window[1], 'r', window[2], upper)
+    uses[2 * at] = uses[2 * at] + upper
   end
-  for _, window in ipairs(windows) do add(window[1], 'r', window[2], upper) end
   write(id, { LIVE, upper, windows, now + lease_s })
-  return told(1, windows)
+  return told(1, windows, uses)
 end
 
 -- {2, id, nanousd}
@@ -225,18 +230,10 @@ local function look(op)
   return answer
 end
 
--- {7, {period, ...}} -> {{window, settled, ...}, {{id, state, amount, {window, ...}}, ...}}
+-- {7, {period, ...}} -> {{fields and values of each period}, {{id, state, amount, {window, ...}}, ...}}
 local function cut(op)
-  local settled, held = {}, {}
-  for _, period in ipairs(op[2]) do
-    local all = redis.call('HGETALL', period_of(period))
-    for at = 1, #all, 2 do
-      if string.sub(all[at], 1, 2) == 's:' then
-        settled[#settled + 1] = period .. ':' .. string.sub(all[at], 3)
-        settled[#settled + 1] = tonumber(all[at + 1])
-      end
-    end
-  end
+  local sums, held = {}, {}
+  for at, period in ipairs(op[2]) do sums[at] = redis.call('HGETALL', period_of(period)) end
   for _, index in ipairs(INDEX) do
     for _, id in ipairs(redis.call('ZRANGE', index, 0, -1)) do
       local attempt, windows = read(id), {}
@@ -248,7 +245,7 @@ local function cut(op)
       end
     end
   end
-  return { settled, held }
+  return { sums, held }
 end
 
 -- {8, generation it is for, a new one, {period, ...}, {period, account, delta, ...}, {id, ...}, {{id, nanousd, windows}, ...}}
@@ -267,7 +264,22 @@ local function correct(op)
     seen, generation = {}, op[3]
     redis.call('HSET', GENERATION, 'id', generation)
   end
-  for at = 1, #deltas, 3 do add(deltas[at], 's', deltas[at + 1], deltas[at + 2]) end
+  local by_period = {}
+  for at = 1, #deltas, 3 do
+    local fields = by_period[deltas[at]] or {}
+    by_period[deltas[at]] = fields
+    if op[2] == '' then
+      fields[#fields + 1] = 's:' .. deltas[at + 1]
+      fields[#fields + 1] = whole(deltas[at + 2])
+    else
+      add(deltas[at], 's', deltas[at + 1], deltas[at + 2])
+    end
+  end
+  for period, fields in pairs(by_period) do
+    for at = 1, #fields, 200 do
+      redis.call('HSET', period_of(period), spread(fields, at, min(at + 199, #fields)))
+    end
+  end
   for _, one in ipairs(op[7]) do
     if not read(one[1]) then
       local attempt = { EXPIRED, 0, one[3], now }

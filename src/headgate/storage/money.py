@@ -30,7 +30,7 @@ from headgate.storage.tables import attempts, calls
 from headgate.wire.catalog import Catalog
 
 EXPIRE_EVERY_S = 1.0
-"""A look at every attempt that is remembered: some 0.5 ms for 10,000 of them."""
+"""A look at every attempt under way."""
 ATTEMPTS_PER_LOOKUP = 500
 FLUSH_S = 5.0
 """How long a reading waits for the ledger to be folded. What is not folded after it is not read."""

@@ -117,7 +117,7 @@ class _Reply(msgspec.Struct, array_like=True):
 _read_reply = msgspec.msgpack.Decoder(_Reply).decode
 _read_numbers = msgspec.msgpack.Decoder(list[int]).decode
 _read_number = msgspec.msgpack.Decoder(int).decode
-_read_cut = msgspec.msgpack.Decoder(tuple[list[str | int], list[tuple[str, int, int, list[str]]]]).decode
+_read_cut = msgspec.msgpack.Decoder(tuple[list[list[str]], list[tuple[str, int, int, list[str]]]]).decode
 
 
 class _Operation:
@@ -204,6 +204,7 @@ class RedisMoney:
         self._expire_at = -math.inf
         self._seed_at = -math.inf
         self._task: asyncio.Task[None] | None = None
+        self._calling: asyncio.Task[_Reply] | None = None
         self._seeding: asyncio.Task[bool] | None = None
         self._closing = False
         self._reached = asyncio.Event()
@@ -450,7 +451,7 @@ class RedisMoney:
                 self._flight += self._looks(now)
             waiting_s = now - min((one.at for one in self._flight if one.answered is not None), default=now)
             limit_s = max(min(TIMEOUT_S, ANSWER_S - waiting_s), CALL_S_MIN)
-            reply = await _within(limit_s, self._call(connection, [one.sent for one in self._flight]))
+            reply = await self._within(limit_s, self._call(connection, [one.sent for one in self._flight]))
             if reply.generation != self._generation:
                 raise _Lost("Redis has lost what was counted")
             self._deliver(reply)
@@ -465,6 +466,19 @@ class RedisMoney:
             await connection.send_command("EVAL", SCRIPT, *arguments, check_health=False)
             answer = await connection.read_response()
         return _read_reply(answer)
+
+    async def _within(self, limit_s: float, call: Coroutine[None, None, _Reply]) -> _Reply:
+        """The call's reply. Raises TimeoutError. When the loop itself was late, an answer may lie in the socket: it
+        is read before it counts as missing."""
+        self._calling = asyncio.get_running_loop().create_task(call)
+        try:
+            for wait_s in (limit_s, SECOND_LOOK_S):
+                await asyncio.wait({self._calling}, timeout=wait_s)
+                if self._calling.done():
+                    return self._calling.result()
+            raise TimeoutError(f"no answer in {limit_s * 1000:.0f} ms")
+        finally:
+            self._calling.cancel()
 
     def _looks(self, now: float) -> list[_Operation]:
         windows = self._known.looked_at(now)
@@ -698,28 +712,20 @@ def verdict_of(
 
 def cut_of(answer: msgspec.Raw, at_ns: int, generation: str) -> Cut:
     """What the script says is counted."""
-    settled, held = _read_cut(answer)
-    sums = {str(name): int(nanousd) for name, nanousd in zip(settled[::2], settled[1::2], strict=True)}
+    at = periods(at_ns)
+    sums, held = _read_cut(answer)
+    settled = {
+        window_id(period, field[2:]): int(value)
+        for period, fields in zip((at.day, at.month), sums, strict=True)
+        for field, value in zip(fields[::2], fields[1::2], strict=True)
+        if field.startswith("s:")
+    }
     attempts = tuple(Held(one, _STATES[state - 1], nanousd, tuple(windows)) for one, state, nanousd, windows in held)
-    return Cut(at_ns, sums, attempts, generation)
+    return Cut(at_ns, settled, attempts, generation)
 
 
 def _windows(ask: MoneyAsk) -> list[tuple[str, str, int]]:
     return [(period, account, cap) for period, account, _, cap in caps(ask)]
-
-
-async def _within(limit_s: float, call: Coroutine[None, None, _Reply]) -> _Reply:
-    """The call's reply. Raises TimeoutError. When the loop itself was late, an answer may lie in the socket: it is
-    read before it counts as missing."""
-    task = asyncio.get_running_loop().create_task(call)
-    try:
-        for wait_s in (limit_s, SECOND_LOOK_S):
-            await asyncio.wait({task}, timeout=wait_s)
-            if task.done():
-                return task.result()
-        raise TimeoutError(f"no answer in {limit_s * 1000:.0f} ms")
-    finally:
-        task.cancel()
 
 
 async def _drop(connection: AbstractConnection) -> None:
