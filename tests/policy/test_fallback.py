@@ -537,6 +537,7 @@ def test_hostile_json_raises_nothing(tail: bytes) -> None:
         assert isinstance(made, bytes | Unfit)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("text", [b"x" * 50_000, b"x" * 400])
 def test_a_megabyte_of_history_takes_no_longer_than_a_glance(text: bytes) -> None:
     turn = b'{"role":"user","content":"%b"},{"role":"assistant","content":[%b,{"type":"text","text":"%b"}]},' % (

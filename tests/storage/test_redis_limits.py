@@ -534,6 +534,7 @@ def writable(server: RedisServer) -> None:
 FAULTS = [(kill, restart), (freeze, thaw), (stall, wait), (no_memory, memory), (read_only, writable)]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("fault", "mend"), FAULTS)
 def test_whatever_redis_does_everybody_is_answered_from_a_share_until_it_can_be_trusted(server, fault, mend):
     async def scenario() -> None:
