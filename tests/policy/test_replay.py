@@ -78,6 +78,12 @@ def test_a_prefix_is_written_once_read_while_it_lives_and_written_again_after() 
     assert hour.projected.cost_nanousd == 1_200 * 3_000 + 24_000 * 300 + 8_000 * 6_000
 
 
+def test_what_did_not_pay_to_be_marked_is_marked_when_a_ttl_is_asked_for() -> None:
+    rows = [row(at_s, Usage(input_tokens=8_300), prefix_tokens=8_000) for at_s in (0, 1_800)]
+    assert tokens(replayed(Policy(ttl="1h"), rows).projected) == (600, 8_000, 0, 8_000, 0)
+    assert tokens(replayed(Policy(model=HAIKU_55), rows).projected)[1:4] == (0, 0, 0)
+
+
 def test_who_comes_before_the_first_byte_writes_too_unless_it_may_wait() -> None:
     plain = Usage(input_tokens=8_300)
     facts = {"prefix_tokens": 8_000}

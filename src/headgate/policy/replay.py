@@ -15,7 +15,7 @@ The rules, in short:
   start of the last call that used it.
 - The last mark is where the recorded one was. Of a call that recorded none it is the end of the prompt in a
   conversation that goes on, by what others of its key and endpoint did, and the end of the prefix otherwise. What is
-  shorter than the model's minimum is not cached.
+  shorter than the model's minimum is not cached. What was not marked stays so, unless caching or a TTL is asked for.
 - Of the calls that a batch can take (not streamed, or of an endpoint that was named; at standard speed) every n-th goes
   into one, evenly by their order, and costs half.
 - A call that equals one of the same key, which was answered whole within the reuse TTL, costs nothing.
@@ -416,7 +416,9 @@ class Replay:
         shared = min(self._shared_tokens(row, was_marked, ratio), prompt)
         if not was_marked and not row.prefix:
             return 0, 0, 0
-        if not was_marked and policy.cache is None and not self._was_below_minimum(row, shared, ratio):
+        # A prefix that did not pay to be marked may pay at another TTL.
+        is_new = policy.cache is not None or policy.ttl is not None or self._was_below_minimum(row, shared, ratio)
+        if not was_marked and not is_new:
             return 0, 0, 0
         marked = min(scaled(was_marked, ratio), prompt) if was_marked else prompt if self._goes_on(row) else shared
         shared = min(shared, marked)
