@@ -1,6 +1,7 @@
 """What ten minutes of each person and key cost in the last week, by the ledger: what a start tells `SpendVelocity`.
 
-One query over the calls of seven days; it blocks (350,000 calls: below a second), so never on the loop.
+One query over the calls of seven days. It blocks (350,000 calls: 2 s, measured), so never on the loop: a start asks in
+a thread, with `now_ns` of before the first call, and serves meanwhile.
 """
 
 from __future__ import annotations
