@@ -41,6 +41,8 @@ UNLIMITED = {
 }
 """What a gateway is told that is not to stand in a test's way."""
 UPSTREAM_KEY = "sk-ant-api03-only-the-gateway-may-know-this"
+START_S = 30.0
+"""What a program may take to start while others use the processor: no test is about it. Some 1 s otherwise."""
 
 
 def until(condition: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
@@ -202,7 +204,9 @@ class Stack:
         """A simulator on a free port; by default it does not pace its answers."""
         speed = () if "--speed" in options else ("--speed", "0")
         process = self.start("simulator", "simulator", "--port", "0", *speed, *options, environment=base_environment())
-        url = until(lambda: _announced(process, "simulator listening on "), what="the simulator to listen")
+        url = until(
+            lambda: _announced(process, "simulator listening on "), within_s=START_S, what="the simulator to listen"
+        )
         return Simulator(process, url)
 
     def gateway(
@@ -225,7 +229,7 @@ class Stack:
             **{f"HEADGATE_{name}": value for name, value in settings.items()},
         }
         process = self.start("gateway", "gateway", environment=environment)
-        (listening,) = until(lambda: _gateway_listens(process), what="the gateway to listen")
+        (listening,) = until(lambda: _gateway_listens(process), within_s=START_S, what="the gateway to listen")
         return Gateway(process, listening["gateway"], listening["operator"], data_dir, environment)
 
     def stop(self) -> None:
