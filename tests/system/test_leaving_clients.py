@@ -40,6 +40,8 @@ from tests.system.scripted import (
     read_head,
 )
 
+pytestmark = pytest.mark.alone
+
 CLOSED_WITHIN_S = 0.25
 """Design §5.4: from a client's leaving to the upstream connection's end."""
 POINTS = 200
