@@ -20,6 +20,7 @@ import structlog
 from headgate.gateway.guards import AlertSink, SpendGuard
 from headgate.gateway.pipeline import Pipeline
 from headgate.gateway.policies import Policies, policies
+from headgate.gateway.prompt_caching import PromptCaching
 from headgate.gateway.purse import Purses
 from headgate.gateway.settings import Settings
 from headgate.gateway.settlement import Attribution
@@ -430,6 +431,7 @@ class World:
             policies=self.policies,
             traffic=self.traffic,
             purses=self._purses(settings),
+            caching=PromptCaching(settings.cache, packaged(), clock=loop.time, now_ns=self.now_ns),
             upstream=self,
             ledger=self.tables,
             catalog=packaged(),

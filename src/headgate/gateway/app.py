@@ -26,6 +26,7 @@ from headgate.gateway.limits_view import limits_view
 from headgate.gateway.operator import operator_app
 from headgate.gateway.pipeline import Pipeline
 from headgate.gateway.policies import Policies, policies
+from headgate.gateway.prompt_caching import PromptCaching
 from headgate.gateway.purse import Purses
 from headgate.gateway.server import Server
 from headgate.gateway.settings import Settings, SettingsError, host_port, reload
@@ -34,10 +35,12 @@ from headgate.gateway.traffic import Traffic
 from headgate.gateway.upstream import Upstream
 from headgate.gateway.worker import CallIds, Worker
 from headgate.policy.budgets import AlertLine, Budgets, periods
+from headgate.policy.cache_lint import CacheDeltas
 from headgate.policy.limiter import Limiter
 from headgate.policy.pricing import price
 from headgate.policy.spend_velocity import VelocityPolicy
-from headgate.storage.database import open_database
+from headgate.storage import cache_report
+from headgate.storage.database import begin_write, open_database
 from headgate.storage.interfaces import Limits, Money
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
@@ -61,6 +64,7 @@ log = structlog.get_logger()
 
 SWEEP_EVERY_S = 30.0
 BUDGETS_EVERY_S = 1.0
+FINDINGS_EVERY_S = 5.0
 TICK_S_MAX = 0.25
 GC_THRESHOLD = 50_000
 """Objects between two collections. A call leaves no cycles behind; the default of 700 would look twenty times a second
@@ -173,6 +177,7 @@ class Gateway:
                 policies=now_in_force,
                 traffic=traffic,
                 purses=Purses(money, guard, catalog),
+                caching=PromptCaching(settings.cache, catalog, clock=time.monotonic, now_ns=time.time_ns),
                 upstream=upstream,
                 ledger=ledger,
                 catalog=catalog,
@@ -204,6 +209,7 @@ class Gateway:
             loop.add_signal_handler(signal.SIGHUP, self._reload, pipeline, catalog)
             tasks.start(self._tick(server, upstream, pipeline, ledger))
             tasks.start(self._watch_budgets(pipeline, alerts))
+            tasks.start(self._keep_findings(pipeline, engine))
             # What is alive now stays alive; the collector need not look at it again.
             gc.collect()
             gc.freeze()
@@ -272,6 +278,24 @@ class Gateway:
             if times.due(time.monotonic(), uncertain=money.uncertain):
                 await money.seed()
 
+    async def _keep_findings(self, pipeline: Pipeline, engine: sa.Engine) -> None:
+        """What the linter finds is in the database some seconds later, and at the end."""
+
+        def keep(found: CacheDeltas) -> None:
+            with begin_write(engine) as connection:
+                cache_report.save(connection, found)
+
+        while not self._stopped:
+            await _until_or(lambda: self._stopped, FINDINGS_EVERY_S)
+            found = pipeline.caching.take_findings()
+            if not (found.findings or found.families):
+                continue
+            try:
+                await asyncio.to_thread(keep, found)
+            except sa.exc.SQLAlchemyError as error:
+                # They are for a report: the next ones will do.
+                log.warning("cache_findings_lost", findings=len(found.findings), reason=str(error))
+
     def _reload(self, pipeline: Pipeline, catalog: Catalog) -> None:
         """SIGHUP: read the settings again. Calls go on under those they began with; what is wrong changes nothing."""
         try:
@@ -281,6 +305,7 @@ class Gateway:
             return
         pipeline.policies = policies(self._settings, catalog)
         pipeline.traffic.apply(pipeline.policies)
+        pipeline.caching.apply(self._settings.cache)
         velocity = self._settings.velocity
         pipeline.purses.guard.apply(_velocity_policy(self._settings), enabled=velocity.enabled)
         log.info("reloaded", need_restart=waiting)
@@ -405,6 +430,13 @@ def _url(address: str, port: int) -> str:
 async def _until(reached: Callable[[], bool]) -> None:
     while not reached():  # noqa: ASYNC110  what is waited for is spread over many objects; ends are rare
         await asyncio.sleep(0.02)
+
+
+async def _until_or(reached: Callable[[], bool], seconds: float) -> None:
+    """Return after so long, or sooner when it is reached."""
+    end_at = time.monotonic() + seconds
+    while not reached() and time.monotonic() < end_at:  # noqa: ASYNC110  as above
+        await asyncio.sleep(0.2)
 
 
 def _upstream_head(settings: Settings, upstream: Upstream, hop: bytes) -> bytes:

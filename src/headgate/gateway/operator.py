@@ -24,7 +24,7 @@ from headgate.gateway.guards_view import guards_router
 from headgate.gateway.limits_view import LimitsView
 from headgate.policy.experiments import Experiment
 from headgate.policy.records import Principal, Scope
-from headgate.storage import reports
+from headgate.storage import cache_report, reports
 from headgate.storage.interfaces import KeyRefused, KeyRing, KeysUnavailable
 from headgate.storage.moments import moment_ns
 from headgate.wire import errors
@@ -120,6 +120,17 @@ def operator_app(
         """Calls with their attempts, the newest first; `cursor` of an answer asks for the next page."""
         with engine.connect() as connection:
             return reports.calls_json(reports.calls_page(connection, limit=limit, cursor=cursor))
+
+    @app.get("/admin/cache", dependencies=[reader])
+    def cache(
+        since: Annotated[str, Query(description="7d, 24h, a date or an RFC 3339 time")] = "7d",
+        until: Annotated[str, Query(description="the same; empty: now")] = "",
+    ) -> _Answer:
+        """What prompt caching saved and lost, by family of prompts, with where and why prompts parted."""
+        until_ns = moment(until, "until") if until else now_ns() + 1
+        with engine.connect() as connection:
+            report = cache_report.cache_report(connection, moment(since, "since"), until_ns)
+        return cache_report.cache_json(report)
 
     @app.get("/admin/limits", dependencies=[reader])
     async def limits_now() -> Response:

@@ -16,6 +16,7 @@ import structlog
 from headgate.gateway import forwarding, own_headers, refusals
 from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
 from headgate.gateway.policies import Policies
+from headgate.gateway.prompt_caching import PromptCaching
 from headgate.gateway.purse import Purse, Purses
 from headgate.gateway.relay import ClientStream, Relay
 from headgate.gateway.server import Exchange
@@ -30,8 +31,9 @@ from headgate.policy.admission import admit
 from headgate.policy.call import Admit, Call, Finish, Send, Sleep, failure_code
 from headgate.policy.call import Relay as RelayStep
 from headgate.policy.fallback import Unfit, rewrite
-from headgate.policy.forecast import NO_FORECAST, Forecaster, prefixes, uncached
+from headgate.policy.forecast import NO_FORECAST, Forecaster, uncached
 from headgate.policy.limiter import Subject
+from headgate.policy.prompt_cache import CachePlan
 from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
 from headgate.policy.retry import OUTAGE, Cause, RetryBudget, cause
 from headgate.policy.stickiness import Stickiness
@@ -53,7 +55,6 @@ ATTRIBUTE_CHARS_MAX = 256
 _CLIENT_CLOSED = 499
 _LONG_ANSWER_TOKENS = 4096
 """The first-byte limit is for answers of this length when they come whole; longer ones get proportionally more."""
-_NO_PROMPT: tuple[Script, tuple[int, ...]] = ("ascii", ())
 _OTHER_CLASS = "other"
 """The class of all models that the catalogue does not know: a name that a client made up gets no limits of its own."""
 _LONG_ANSWER_FACTOR_MAX = 32.0
@@ -64,7 +65,9 @@ class _WholeMessage(msgspec.Struct, frozen=True):
     """What is read of an answer that was not streamed."""
 
     usage: msgspec.Raw
+    id: str = ""
     model: str = ""
+    diagnostics: msgspec.Raw = msgspec.Raw()
     stop_reason: str | None = None
     content: list[msgspec.Raw] = []
 
@@ -85,6 +88,7 @@ class Pipeline:
         policies: Policies,
         traffic: Traffic,
         purses: Purses,
+        caching: PromptCaching,
         upstream: Upstream,
         ledger: Ledger,
         catalog: Catalog,
@@ -100,6 +104,7 @@ class Pipeline:
         self.policies = policies
         self.traffic = traffic
         self.purses = purses
+        self.caching = caching
         self.upstream = upstream
         self.ledger = ledger
         self.catalog = catalog
@@ -153,6 +158,8 @@ class MessageCall:
         "_answer",
         "_background_until",
         "_body",
+        "_cached",
+        "_cached_for",
         "_call",
         "_client",
         "_connection",
@@ -167,12 +174,12 @@ class MessageCall:
         "_plan",
         "_policies",
         "_principal",
-        "_prompt",
         "_purse",
         "_queued_s",
         "_relay",
         "_request",
         "_scanned",
+        "_script",
         "_settlement",
         "_speed",
         "_sticky",
@@ -205,7 +212,10 @@ class MessageCall:
         self._scanned: MessageRequest | None = None
         self._body = b""
         """What the attempt of now sends."""
-        self._prompt = _NO_PROMPT
+        self._cached: CachePlan | None = None
+        """What is known of the prompt, and its body with our marks, for the model `_cached_for`."""
+        self._cached_for = ""
+        self._script: Script = "ascii"
         self._speed = "standard"
         self._forecast = NO_FORECAST
         self._waiting: Waiting | None = None
@@ -257,6 +267,8 @@ class MessageCall:
                 # Only where something above went wrong: the turn is given back, and says nothing about the model.
                 self._pipeline.traffic.neutral(self._turn)
                 self._end_turn(0, 0)
+            if self._cached is not None:
+                self._pipeline.caching.leave(self._cached, self._request.call_id)
             if self._purse is not None:
                 self._purse.close(self._settlement.cost_nanousd)
 
@@ -295,7 +307,7 @@ class MessageCall:
             )
             self._refuse(refused)
             return None
-        self._prompt = (script(scanned), prefixes(scanned))
+        self._script = script(scanned)
         self._purse = Purse(
             self._pipeline.purses,
             self._policies.budgets,
@@ -371,17 +383,20 @@ class MessageCall:
         if isinstance(body, Unfit):
             call.unfit(body.reason, now)
             return
+        cached = self._plan_cache(model, plan, body)
+        if not await self._go_ahead(call, plan, cached):
+            return
+        now = pipeline.clock()
         purse = self._own_purse()
-        paid = await purse.reserve(call.attempts + 1, plan, body, now, speed=self._speed)
+        paid = await purse.reserve(call.attempts + 1, plan, cached.body, now, speed=self._speed)
         if self._ended_early(call):
             return
         if isinstance(paid, Refused):
             call.refused(paid, now)
             return
         self._body = paid
-        text, marks = self._prompt
         self._forecast = forecast = pipeline.forecaster.forecast(
-            model, plan.input_tokens_estimate, text, marks, plan.max_tokens, now
+            model, plan.input_tokens_estimate, self._script, cached.prefixes, plan.max_tokens, now
         )
         class_id = pipeline.class_id(model)
         waiting = pipeline.traffic.join(
@@ -392,7 +407,7 @@ class MessageCall:
                 # As they are now: a call from before the settings were read again must not bring the old ones back.
                 limits=pipeline.policies.class_limits(class_id),
                 subjects=purse.watch(
-                    self._subjects if not step.again else self._subjects_of_retry(), digest="", expected_nanousd=0
+                    self._subjects if not step.again else self._subjects_of_retry(), cached.digest, expected_nanousd=0
                 ),
                 input_tokens=forecast.input_tokens,
                 output_tokens=forecast.output_tokens,
@@ -432,6 +447,43 @@ class MessageCall:
                 assert isinstance(result, Left)
                 self._ended_early(call)
 
+    def _plan_cache(self, model: str, plan: Plan, body: bytes) -> CachePlan:
+        """The prompt as this model's cache sees it. Once for a model: each look counts as a use of the prompt."""
+        if self._cached is not None:
+            if self._cached_for == model:
+                return self._cached
+            self._pipeline.caching.leave(self._cached, self._request.call_id)
+        assert self._scanned is not None
+        self._cached_for = model
+        self._cached = self._pipeline.caching.plan(
+            self._scanned if body is self._scanned.body else scan(body),
+            self._principal,
+            endpoint=self._whose.endpoint,
+            user=self._whose.user,
+            model=model,
+            arm=plan.arm,
+            at_ns=self._request.received_at_ns,
+            header_lines=self._request.forwarded,
+        )
+        return self._cached
+
+    async def _go_ahead(self, call: Call, plan: Plan, cached: CachePlan) -> bool:
+        """Wait while another call writes the same prefix; False when the call ended meanwhile."""
+        pipeline, call_id = self._pipeline, self._request.call_id
+        if pipeline.caching.goes_ahead(cached, call_id, self._wait.wake):
+            return True
+        self._settlement.pause()
+        began_at = now = pipeline.clock()
+        while (until := pipeline.caching.wait_until(cached, call_id)) is not None and now < min(until, plan.deadline):
+            await self._wait.until(min(until, plan.deadline))
+            now = pipeline.clock()
+            if self._gone or self._interrupted:
+                break
+        if until is not None:
+            pipeline.caching.leave(cached, call_id)
+        self._queued_s += now - began_at
+        return not self._ended_early(call)
+
     def _ended_early(self, call: Call) -> bool:
         """Whether the client left or the process stops while the call waited; the call has been told."""
         if self._gone:
@@ -459,10 +511,12 @@ class MessageCall:
         """One attempt, from its intent to the head of its answer."""
         pipeline, request = self._pipeline, self._request
         first = attempt.number == 1
-        opened = self._settlement.opened(plan, self._principal, self._whose) if first else None
+        opened = self._settlement.opened(plan, self._principal, self._whose, self._cached) if first else None
         self._settlement.intend(attempt, plan, pipeline.now_ns(), opened)
         if pipeline.settings.ledger.durability == "power":
             await pipeline.ledger.durable()
+        if self._cached is not None:
+            pipeline.caching.sent(self._cached, request.call_id)
         body = self._body
         head = b"POST %b/v1/messages%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
             pipeline.upstream.base_path,
@@ -554,6 +608,7 @@ class MessageCall:
             has_content=bool(message.content),
         )
         self._pipeline.forecaster.began(attempt.model, self._forecast, usage, self._pipeline.clock())
+        self._learn_cache(attempt, usage, message.id, bytes(message.diagnostics))
         self._answered(attempt.model, usage)
         if self._gone:
             call.abandoned()
@@ -583,7 +638,7 @@ class MessageCall:
             error_code = "client_left"
         if not outcome.attempts:
             # Nothing was sent, so nothing was written yet.
-            opened = self._settlement.opened(plan, self._principal, self._whose)
+            opened = self._settlement.opened(plan, self._principal, self._whose, self._cached)
         model = outcome.model
         total_ms = self._ms_since_start()
         first_byte_ms = None if self._first_byte_at is None else self._ms_to(self._first_byte_at)
@@ -766,7 +821,14 @@ class MessageCall:
         pipeline = self._pipeline
         self._settlement.started(attempt, answer, fold)
         pipeline.forecaster.began(attempt.model, self._forecast, fold.usage, pipeline.clock())
+        self._learn_cache(attempt, fold.usage, fold.message_id, fold.diagnostics)
         pipeline.traffic.began(self._its_turn(), input_tokens=uncached(fold.usage))
+
+    def _learn_cache(self, attempt: Attempt, usage: Usage, message_id: str, diagnostics: bytes) -> None:
+        if self._cached is not None:
+            self._pipeline.caching.began(
+                self._cached, model=attempt.model, usage=usage, message_id=message_id, diagnostics=diagnostics
+            )
 
     def _commit(self, call: Call) -> None:
         """The first byte goes to the client: no other model will be asked, so what a rewriting reads is let go."""
@@ -844,6 +906,8 @@ class MessageCall:
             failure = msgspec.structs.replace(failure, should_retry=False)
         self._settlement.failed(attempt, plan, failure, self._last_answer, fold)
         self._own_purse().settle(self._settlement.attempt_nanousd)
+        if self._cached is not None:
+            self._pipeline.caching.leave(self._cached, self._request.call_id)
         self._broken(failure, fold)
         if cause(failure) is Cause.CREDENTIAL:
             log.error(
@@ -927,5 +991,6 @@ class MessageCall:
                 saved_nanousd=settlement.saved_nanousd,
                 stop_reason=settlement.stop_reason,
                 upstream_request_id=request_id(self._last_answer),
+                family="" if self._cached is None else self._cached.family,
             )
         )

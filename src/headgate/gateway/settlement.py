@@ -15,6 +15,7 @@ from headgate.gateway.failures import request_id
 from headgate.gateway.upstream import Answer
 from headgate.policy.call import failure_code
 from headgate.policy.pricing import Cost, is_billable, price
+from headgate.policy.prompt_cache import CachePlan
 from headgate.policy.records import (
     Attempt,
     AttemptEnded,
@@ -99,8 +100,10 @@ class Settlement:
         self.saved_nanousd = 0
         self.stop_reason = ""
 
-    def opened(self, plan: Plan, principal: Principal, whose: Attribution) -> CallOpened:
-        """The event a call begins with."""
+    def opened(
+        self, plan: Plan, principal: Principal, whose: Attribution, prompt: CachePlan | None = None
+    ) -> CallOpened:
+        """The event a call begins with. `prompt` is what is known of it, None when it was not looked at."""
         return CallOpened(
             call_id=self._request.call_id,
             at_ns=self._request.received_at_ns,
@@ -112,6 +115,10 @@ class Settlement:
             streamed=plan.streamed,
             conversation=whose.conversation,
             arm=plan.arm,
+            family="" if prompt is None else prompt.family,
+            prefix="" if prompt is None else prompt.prefix,
+            prefix_tokens=0 if prompt is None else prompt.prefix_tokens,
+            digest="" if prompt is None else prompt.digest,
         )
 
     def intend(self, attempt: Attempt, plan: Plan, at_ns: int, opened: CallOpened | None) -> None:

@@ -50,6 +50,7 @@ class _Message(msgspec.Struct, frozen=True):
     id: str = ""
     model: str = ""
     usage: msgspec.Raw = msgspec.Raw(b"{}")
+    diagnostics: msgspec.Raw = msgspec.Raw()
 
 
 class _MessageStart(msgspec.Struct, frozen=True):
@@ -100,6 +101,7 @@ class StreamFold:
 
     __slots__ = (
         "complete",
+        "diagnostics",
         "error_code",
         "error_data",
         "error_message",
@@ -127,6 +129,8 @@ class StreamFold:
         """Bytes of text, thinking and tool input seen in deltas: what an aborted answer is estimated from."""
         self.message_id = ""
         self.model = ""
+        self.diagnostics = b""
+        """JSON of why the prompt missed Anthropic's cache, where that was asked for."""
         self.stop_reason = ""
         self.error_type = ""
         self.error_code = ""
@@ -200,6 +204,7 @@ class StreamFold:
         self.started = True
         self.message_id = message.id
         self.model = message.model
+        self.diagnostics = bytes(message.diagnostics)
         return Kind.START
 
     def _delta(self, data: bytes) -> Kind:
