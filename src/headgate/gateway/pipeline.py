@@ -7,42 +7,35 @@ keeps the ledger, and settles the bill. What it is not: HTTP (`server.py`, `upst
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from hashlib import blake2b
 
 import msgspec
 import structlog
 
 from headgate.gateway import forwarding, own_headers, refusals
+from headgate.gateway.call_log import Ending, call_line
 from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
-from headgate.gateway.policies import Policies
-from headgate.gateway.prompt_caching import PromptCaching
-from headgate.gateway.purse import Purse, Purses
+from headgate.gateway.purse import Purse
 from headgate.gateway.relay import ClientStream, Relay
 from headgate.gateway.server import Exchange
-from headgate.gateway.settings import Settings
-from headgate.gateway.settlement import Accounts, Attribution, Settlement
+from headgate.gateway.settlement import Attribution, Settlement
+from headgate.gateway.shared import Shared
 from headgate.gateway.subjects import subjects_of
-from headgate.gateway.tasks import Tasks
-from headgate.gateway.traffic import Diverted, Left, Traffic, Turn, Waiting, Want
-from headgate.gateway.upstream import Answer, Upstream, UpstreamConnection
+from headgate.gateway.traffic import Diverted, Left, Turn, Waiting, Want
+from headgate.gateway.upstream import Answer, UpstreamConnection
 from headgate.gateway.waiting import Wait
 from headgate.policy.admission import admit
 from headgate.policy.call import Admit, Call, Finish, Send, Sleep, failure_code
 from headgate.policy.call import Relay as RelayStep
 from headgate.policy.fallback import Unfit, rewrite
-from headgate.policy.forecast import NO_FORECAST, Forecaster, uncached
+from headgate.policy.forecast import NO_FORECAST, uncached
 from headgate.policy.limiter import Subject
 from headgate.policy.prompt_cache import CachePlan
-from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
-from headgate.policy.retry import OUTAGE, Cause, RetryBudget, cause
-from headgate.policy.stickiness import Stickiness
+from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, Plan, Principal, Refused
+from headgate.policy.retry import OUTAGE, Cause, cause
 from headgate.policy.token_estimate import Script, script
-from headgate.storage.interfaces import Ledger, LedgerUnavailable
-from headgate.telemetry.log_line import LogLine
-from headgate.telemetry.timestamp import Timestamps
+from headgate.storage.interfaces import LedgerUnavailable
 from headgate.wire import errors
-from headgate.wire.catalog import Catalog
 from headgate.wire.errors import RAMP_CODE
 from headgate.wire.message import InvalidBody, MessageRequest, scan
 from headgate.wire.stream import StreamFold
@@ -55,8 +48,6 @@ ATTRIBUTE_CHARS_MAX = 256
 _CLIENT_CLOSED = 499
 _LONG_ANSWER_TOKENS = 4096
 """The first-byte limit is for answers of this length when they come whole; longer ones get proportionally more."""
-_OTHER_CLASS = "other"
-"""The class of all models that the catalogue does not know: a name that a client made up gets no limits of its own."""
 _LONG_ANSWER_FACTOR_MAX = 32.0
 """Reached at 131,072 tokens, the longest answer there is: a client's number must not make a call endless."""
 
@@ -75,60 +66,8 @@ class _WholeMessage(msgspec.Struct, frozen=True):
 _whole_message = msgspec.json.Decoder(_WholeMessage)
 
 
-class Pipeline:
-    """What all calls share. `live` are the calls that are being worked on, by id.
-
-    `policies` is swapped whole when the settings are read again: a call keeps those it began with.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        policies: Policies,
-        traffic: Traffic,
-        purses: Purses,
-        caching: PromptCaching,
-        upstream: Upstream,
-        ledger: Ledger,
-        catalog: Catalog,
-        put_log_line: Callable[[LogLine], None],
-        tasks: Tasks,
-        clock: Callable[[], float],
-        now_ns: Callable[[], int],
-        jitter: Callable[[], float],
-        upstream_head: bytes,
-        fingerprint_key: bytes,
-    ) -> None:
-        self.settings = settings
-        self.policies = policies
-        self.traffic = traffic
-        self.purses = purses
-        self.caching = caching
-        self.upstream = upstream
-        self.ledger = ledger
-        self.catalog = catalog
-        self.accounts = Accounts(ledger, catalog)
-        self.put_log_line = put_log_line
-        self.tasks = tasks
-        self.clock = clock
-        self.now_ns = now_ns
-        self.jitter = jitter
-        self.upstream_head = upstream_head
-        self.fingerprint_key = fingerprint_key
-        """Makes a request's fingerprint one that only this process can tell."""
-        """The header lines that every request to Anthropic begins with, the key among them."""
-        self.retry_budget = RetryBudget()
-        self.forecaster = Forecaster()
-        self.stickiness = Stickiness()
-        self.timestamps = Timestamps()
-        self.live: dict[str, MessageCall] = {}
-        self.in_background = 0
-
-    def class_id(self, model: str) -> str:
-        """The class whose limits at Anthropic a model shares."""
-        known = self.catalog.resolve(model)
-        return known.rate_class if known is not None else _OTHER_CLASS
+class Pipeline(Shared):
+    """All calls to `/v1/messages`."""
 
     def start(self, exchange: Exchange, request: ClientRequest, principal: Principal, whose: Attribution) -> None:
         """Serve one complete request to `/v1/messages`."""
@@ -652,18 +591,18 @@ class MessageCall:
             first_byte_ms=first_byte_ms,
             opened=opened,
         )
-        self._log(
-            plan,
+        ending = Ending(
             outcome=outcome.kind,
             status=status,
+            total_ms=total_ms,
             model=model,
             error_code=error_code,
             failure=outcome.failure.kind if outcome.failure else "",
             reasons=self._call.reasons if self._call is not None else (),
             attempts=outcome.attempts,
-            total_ms=total_ms,
             first_byte_ms=first_byte_ms,
         )
+        self._log(plan, ending)
 
     # the client
 
@@ -761,18 +700,14 @@ class MessageCall:
             )
         else:
             self._exchange.respond(error.status, error.header_lines, error.body)
-        self._log(
-            self._plan,
+        ending = Ending(
             outcome="refused" if self._call is None else "failed",
             status=error.status,
-            model="",
-            error_code=refused.error_code,
-            failure="",
-            reasons=(),
-            attempts=0 if self._call is None else self._call.attempts,
             total_ms=self._ms_since_start(),
-            first_byte_ms=None,
+            error_code=refused.error_code,
+            attempts=0 if self._call is None else self._call.attempts,
         )
+        self._log(self._plan, ending)
 
     def _stream_head(self) -> bytes:
         answer = self._last_answer
@@ -940,57 +875,18 @@ class MessageCall:
     def _ms_to(self, at: float) -> int:
         return round((at - self._request.received_at) * 1000)
 
-    def _log(
-        self,
-        plan: Plan | None,
-        *,
-        outcome: OutcomeKind,
-        status: int,
-        model: str,
-        error_code: str,
-        failure: str,
-        reasons: tuple[str, ...],
-        attempts: int,
-        total_ms: int,
-        first_byte_ms: int | None,
-    ) -> None:
-        request, whose, settlement = self._request, self._whose, self._settlement
-        usage = settlement.usage
+    def _log(self, plan: Plan | None, ending: Ending) -> None:
         self._pipeline.put_log_line(
-            LogLine(
-                event="call",
-                ts=self._pipeline.timestamps.text(request.received_at_ns),
-                call_id=request.call_id,
-                key_id=self._principal.key_id,
-                user_id=whose.user,
-                tier=whose.tier,
-                endpoint=whose.endpoint,
-                conversation=whose.conversation,
-                model_asked=plan.model_asked if plan is not None else "",
-                model=model,
-                arm=plan.arm if plan is not None else "",
-                streamed=plan is not None and plan.streamed,
-                status=status,
-                outcome=outcome,
-                error_code=error_code,
-                failure=failure,
-                reasons=reasons,
-                attempts=attempts,
-                retry_count=max(attempts - 1, 0),
+            call_line(
+                self._request,
+                self._principal,
+                self._whose,
+                plan,
+                self._cached,
+                self._settlement,
+                ending,
+                ts=self._pipeline.timestamps.text(self._request.received_at_ns),
                 queue_ms=self._queue_ms(),
-                first_byte_ms=first_byte_ms,
-                total_ms=total_ms,
-                input_tokens_estimate=plan.input_tokens_estimate if plan is not None else 0,
-                input_tokens=usage.input_tokens,
-                cache_read_tokens=usage.cache_read_tokens,
-                cache_write_5m_tokens=usage.cache_write_5m_tokens,
-                cache_write_1h_tokens=usage.cache_write_1h_tokens,
-                output_tokens=usage.output_tokens,
-                estimated=settlement.estimated,
-                cost_nanousd=settlement.cost_nanousd,
-                saved_nanousd=settlement.saved_nanousd,
-                stop_reason=settlement.stop_reason,
                 upstream_request_id=request_id(self._last_answer),
-                family="" if self._cached is None else self._cached.family,
             )
         )
