@@ -36,6 +36,8 @@ def operator_routes() -> list[tuple[str, str]]:
         resume=lambda: False,
         guard=None,
         alerts=None,
+        money=None,
+        rules=None,
     )
     return sorted(
         (method, route.path)

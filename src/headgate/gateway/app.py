@@ -19,6 +19,7 @@ import structlog
 import uvicorn
 from prometheus_client.registry import CollectorRegistry
 
+from headgate.gateway.answer_reuse import AnswerReuse
 from headgate.gateway.budgets import EVERYBODY, SeedTimes, spend_alert, tier_of
 from headgate.gateway.endpoints import HOP_HEADER, Endpoints
 from headgate.gateway.guards import AlertSink, SpendGuard, velocity_policy
@@ -34,18 +35,21 @@ from headgate.gateway.tasks import Tasks
 from headgate.gateway.traffic import Traffic
 from headgate.gateway.upstream import Upstream
 from headgate.gateway.worker import CallIds, Worker
+from headgate.policy.answer_reuse import ReuseRule
 from headgate.policy.budgets import AlertLine, Budgets, periods
 from headgate.policy.cache_lint import CacheDeltas
 from headgate.policy.limiter import Limiter
 from headgate.policy.pricing import price
 from headgate.policy.spend_velocity import VelocityPolicy
 from headgate.storage import cache_report
+from headgate.storage.answers import FILE_NAME, Answers, SqliteAnswers, remove_file
 from headgate.storage.database import begin_write, open_database
 from headgate.storage.interfaces import Limits, Money
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
 from headgate.storage.limits import LocalLimits
 from headgate.storage.money import LocalMoney, ledger_reader
+from headgate.storage.redis_answers import RedisAnswers
 from headgate.storage.redis_limits import RedisLimits, RedisMissing
 from headgate.storage.redis_money import RedisMoney
 from headgate.storage.spend_history import spend_history
@@ -172,11 +176,13 @@ class Gateway:
             guard = _guard(settings, alerts)
             money = await self._money(stack, engine, ledger, catalog, now_in_force, limits)
             await asyncio.gather(money.seed(), _seed_guard(guard, engine))
+            reuse = await self._reuse(stack, catalog, tasks)
             pipeline = Pipeline(
                 settings,
                 policies=now_in_force,
                 traffic=traffic,
                 purses=Purses(money, guard, catalog),
+                reuse=reuse,
                 caching=PromptCaching(settings.cache, catalog, clock=time.monotonic, now_ns=time.time_ns),
                 upstream=upstream,
                 ledger=ledger,
@@ -264,6 +270,34 @@ class Gateway:
         await money.start()
         stack.push_async_callback(money.close)
         return money
+
+    async def _reuse(self, stack: AsyncExitStack, catalog: Catalog, tasks: Tasks) -> AnswerReuse | None:
+        """The answers that are kept; where no endpoint wants that any more, none are."""
+        settings = self._settings
+        if not settings.reuse.endpoints:
+            await asyncio.to_thread(remove_file, settings.data_dir)
+            return None
+        bytes_max = settings.reuse.bytes_max
+        answers: Answers = (
+            RedisAnswers(settings.redis_url, bytes_max=bytes_max)
+            if settings.redis_url
+            else SqliteAnswers(settings.data_dir / FILE_NAME, bytes_max=bytes_max, now_ns=time.time_ns)
+        )
+        rules = {
+            label: ReuseRule(endpoint.ttl_s, endpoint.shared_by_users)
+            for label, endpoint in settings.reuse.endpoints.items()
+        }
+        reuse = AnswerReuse(
+            answers,
+            rules,
+            upstream=settings.upstream_url,
+            catalog=catalog,
+            tasks=tasks,
+            clock=time.monotonic,
+            now_ns=time.time_ns,
+        )
+        stack.push_async_callback(reuse.close)
+        return reuse
 
     async def _watch_budgets(self, pipeline: Pipeline, alerts: AlertSink) -> None:
         """Compare the count with the ledger now and then, and tell when everybody's day passes the alert line."""
@@ -365,6 +399,8 @@ class Gateway:
             experiments=lambda: pipeline.policies.experiments,
             guard=pipeline.purses.guard,
             alerts=alerts,
+            money=pipeline.purses.money,
+            rules=lambda: pipeline.policies.budgets,
         )
         operator = uvicorn.Server(
             uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2)

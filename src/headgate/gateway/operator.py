@@ -19,13 +19,15 @@ from prometheus_client.registry import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from headgate import __version__
+from headgate.gateway.budgets import BudgetRules
+from headgate.gateway.budgets_view import budgets_router
 from headgate.gateway.guards import AlertSink, SpendGuard
 from headgate.gateway.guards_view import guards_router
 from headgate.gateway.limits_view import LimitsView
 from headgate.policy.experiments import Experiment
 from headgate.policy.records import Principal, Scope
 from headgate.storage import cache_report, reports
-from headgate.storage.interfaces import KeyRefused, KeyRing, KeysUnavailable
+from headgate.storage.interfaces import KeyRefused, KeyRing, KeysUnavailable, Money
 from headgate.storage.moments import moment_ns
 from headgate.wire import errors
 
@@ -54,6 +56,8 @@ def operator_app(
     experiments: Callable[[], Sequence[Experiment]] = tuple,
     guard: SpendGuard,
     alerts: AlertSink,
+    money: Money,
+    rules: Callable[[], BudgetRules],
 ) -> FastAPI:
     """The application. Its queries block, so FastAPI runs them in threads. `experiments` are those that run now.
 
@@ -145,6 +149,8 @@ def operator_app(
     app.include_router(
         guards_router(engine, guard, alerts, reader=allowed("admin:read"), writer=allowed("admin:write"), now_ns=now_ns)
     )
+
+    app.include_router(budgets_router(engine, money, rules, reader=allowed("admin:read"), now_ns=now_ns))
 
     @app.get("/metrics")
     def metrics() -> Response:
