@@ -89,7 +89,41 @@ def test_a_second_block_that_changes():
 
     found, at = first_named([of("Rain in Huế."), of("Sun in Huế."), of("Snow in Huế.")])
     assert (found.cause, found.part) == ("text_changed", "system")
-    assert at.system[found.byte : found.byte + 3] == b"Sun"
+    assert at.system[found.byte : found.byte + 3] == b"now"
+    assert at.system[: found.byte].endswith(b'"S')
+
+
+def test_of_two_templates_none_is_named_and_a_third_is_counted_with_the_second():
+    linter = FamilyLinter()
+    chat, sums, notes = (prompt(f"{name} {KNOWLEDGE}") for name in ("Chat about it.", "Sum it up.", "Take a note."))
+    assert watch(linter, [chat, sums] * 10) == [None] * 20
+    # They come back after their TTL, when somebody else used the family a moment ago.
+    for at, each in enumerate((chat, sums)):
+        now = 2_000.0 + at
+        assert linter.observe("f", each, at_ns=AT_NS, now=now, price=PRICE, write="5m", min_tokens=1_024) is None
+    assert linter.take_deltas().findings == ()
+    found = linter.observe("f", notes, at_ns=AT_NS, now=2_002.0, price=PRICE, write="5m", min_tokens=1_024)
+    assert found is not None
+    assert found.cause == "text_changed"
+    (row,) = linter.take_deltas().findings
+    assert row.count == 2
+    assert row.lost_nanousd == pytest.approx(2 * lost_nanousd(tokens_of(notes.system), PRICE, "5m"), rel=0.01)
+
+
+def test_what_anthropic_counted_is_what_a_loss_is_told_in():
+    def lost(body_bytes, prompt_tokens):
+        linter = FamilyLinter()
+        prompts = [prompt(f"Now: 2026-11-24T10:15:0{n}.5Z. {KNOWLEDGE}") for n in range(2)]
+        watch(linter, prompts[:1])
+        linter.counted("f", body_bytes=body_bytes, prompt_tokens=prompt_tokens)
+        watch(linter, prompts[1:])
+        return linter.take_deltas().findings[0].lost_nanousd
+
+    size = len(prompt(KNOWLEDGE).system)
+    assert lost(size, 5_000) == pytest.approx(lost_nanousd(5_000, PRICE, "5m"), rel=0.01)
+    # Pictures have many bytes and few tokens; a body of none and a family that nobody knows say nothing.
+    assert lost(size * 100, 5_000) == lost(0, 5_000) > 0
+    FamilyLinter().counted("g", body_bytes=10, prompt_tokens=3)
 
 
 def test_a_conversation_that_grows_is_never_named():
@@ -102,11 +136,11 @@ def test_a_conversation_that_grows_is_never_named():
 
 def test_a_prompt_that_the_cache_still_holds_loses_nothing():
     linter = FamilyLinter()
-    said = watch(linter, [prompt(f"{template} {KNOWLEDGE}") for template in ("Chat.", "Sum up.") * 10])
+    said = watch(linter, [prompt(f"{KNOWLEDGE[:n]} {KNOWLEDGE[n:]}") for n in (100, 200) * 10])
     assert [one is not None for one in said] == [False, True] + [False] * 18
     assert [row.count for row in linter.take_deltas().findings] == [1]
     # After its TTL a prompt is gone, and loses nothing either: it could not have been read.
-    late = watch(linter, [prompt(f"Chat. {KNOWLEDGE}"), prompt(f"Late. {KNOWLEDGE}")], every_s=301.0)
+    late = watch(linter, [prompt(f"{KNOWLEDGE[:n]} {KNOWLEDGE[n:]}") for n in (100, 300)], every_s=301.0)
     assert late[1] is not None
     assert sum(row.lost_nanousd for row in linter.take_deltas().findings) == 0
 

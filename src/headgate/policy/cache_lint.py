@@ -60,8 +60,15 @@ DELTAS_MAX = 10_000
 COMPARES_PER_S = 2.0
 """Of one family, after a first burst of as many: what parts beyond is counted with the last cause that was named."""
 COMPARES_BURST = 4.0
-VARIANTS_MAX = 16
-"""Beginnings of a family that the cache may still hold: returning to one of them loses nothing."""
+VARIANTS_MAX = 32_768
+"""Of all families together, beginnings that were seen: returning to one that the cache still holds loses nothing. Some
+200 bytes each."""
+TEMPLATES: frozenset[Cause] = frozenset({"text_changed", "tools_changed", "tool_added", "tool_removed"})
+"""Changes that a second template of the same family explains as well. The first of them in a family waits for another
+one, and is counted with it; a beginning that comes back is a template, and none."""
+TOKENS_PER_BYTE_MIN, TOKENS_PER_BYTE_MAX = 0.05, 1.5
+"""Of text and JSON. What was counted beyond that was mostly pictures and files, and says nothing about text."""
+_COUNT_WEIGHT = 0.3
 MARKS_MAX = 4
 BELOW_MINIMUM_SHARE = 0.8
 """A prefix is called too short when its estimate is below this part of the minimum: estimates err by some percent."""
@@ -71,6 +78,8 @@ FAMILY_EVERY_NS = 60 * 10**9
 DAY_NS = 86_400 * 10**9
 TTL_S = {"": 300.0, "5m": 300.0, "1h": 3600.0}
 
+_Variant = tuple[str, int, int]
+"""A beginning of a prompt: its model, tools and system."""
 _MARK = b'"cache_control"'
 _NOT_JSON = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -133,7 +142,10 @@ class _Mark(Record, frozen=True):
 class _Family:
     """The last prompt of a family, and what was said of it."""
 
-    __slots__ = ("compares", "compares_at", "finding", "last_at", "lost_nanousd", "parts", "seen", "size", "variant")
+    __slots__ = (
+        *("compares", "compares_at", "finding", "last_at", "lost_nanousd", "parts", "size", "tokens_per_byte"),
+        *("variant", "variants", "waiting"),
+    )
 
     def __init__(self, parts: PromptParts, now: float) -> None:
         self.parts = parts
@@ -143,8 +155,13 @@ class _Family:
         self.compares_at = now
         self.finding: Finding | None = None
         self.lost_nanousd = 0
-        self.variant = _variant(parts)
-        self.seen: OrderedDict[tuple[str, int, int], float] = OrderedDict()
+        self.variant: _Variant = _variant(parts)
+        self.variants = 1
+        """How many beginnings there were."""
+        self.waiting: tuple[Finding, int, int] | None = None
+        """A finding that may be a second template, what it lost and when."""
+        self.tokens_per_byte = 0.0
+        """As Anthropic counted; 0.0: not known."""
 
     def may_compare(self, now: float) -> bool:
         """Take one of the comparisons that are left."""
@@ -163,7 +180,10 @@ class FamilyLinter:
     CPU for 48 KB with another question each time); a whole comparison of such prompts 0.2 ms, a few times a second.
     """
 
-    __slots__ = ("_bytes", "_bytes_max", "_families", "_family_deltas", "_findings", "_told", "dropped", "skipped")
+    __slots__ = (
+        *("_bytes", "_bytes_max", "_families", "_family_deltas", "_findings", "_told", "_variants"),
+        *("dropped", "skipped"),
+    )
 
     def __init__(self, *, bytes_max: int = BYTES_MAX) -> None:
         self._bytes_max = bytes_max
@@ -172,6 +192,7 @@ class FamilyLinter:
         self._findings: dict[tuple[str, str, int], FindingDelta] = {}
         self._family_deltas: dict[str, FamilyDelta] = {}
         self._told: OrderedDict[str, FamilyDelta] = OrderedDict()
+        self._variants: OrderedDict[tuple[str, _Variant], float] = OrderedDict()
         self.skipped = 0
         """Prompts that were too long to be remembered."""
         self.dropped = 0
@@ -199,31 +220,58 @@ class FamilyLinter:
         if known is None:
             fresh = _Family(parts, now)
             self._keep(family, fresh)
-            _see(fresh, now)
+            self._see(family, fresh.variant, now)
             return self._note(fresh, family, check(parts, min_tokens=min_tokens), 0, at_ns)
         before, last_at = known.parts, known.last_at
         same = before.tools == parts.tools and before.system == parts.system and before.model == parts.model
         if same and before.messages == parts.messages:
             known.last_at = now
             self._families.move_to_end(family)
+            self._see(family, known.variant, now)
             return None
+        if not same:
+            known.variant = _variant(parts)
+        seen_at = self._see(family, known.variant, now)
+        is_new = seen_at is None
+        known.variants += is_new
         # A prompt that came before, under other ones between, is read from the cache: two templates of one family that
         # take turns lose nothing.
-        is_warm = not same and _is_warm(known, parts, now, TTL_S.get(write, 300.0))
+        is_warm = not same and seen_at is not None and now - seen_at <= TTL_S.get(write, 300.0)
         found: Finding | None = None
         lost = 0
         if not is_warm and known.may_compare(now):
             found = compare(before, parts) or check(parts, min_tokens=min_tokens)
             if found is not None and price is not None and now - last_at <= TTL_S.get(write, 300.0):
-                tokens = tokens_paid_again(before, parts, found, min_tokens=min_tokens)
+                tokens = tokens_paid_again(
+                    before, parts, found, min_tokens=min_tokens, tokens_per_byte=known.tokens_per_byte
+                )
                 lost = lost_nanousd(tokens, price, write)
         elif not is_warm and not same and known.finding is not None:
             found, lost = known.finding, known.lost_nanousd
-        if not same:
-            known.variant = _variant(parts)
         self._replace(family, known, parts, now)
-        _see(known, now)
+        if found is not None and found.cause in TEMPLATES and found.part != "messages" and not same:
+            if not is_new:
+                return None
+            if known.variants == 2:
+                known.waiting = found, lost, at_ns
+                return None
+        if found is not None and known.waiting is not None and is_new:
+            self._note(known, family, *known.waiting)
+            known.waiting = None
         return self._note(known, family, found, lost, at_ns)
+
+    def counted(self, family: str, *, body_bytes: int, prompt_tokens: int) -> None:
+        """What Anthropic counted for a body of this family: losses are told in its tokens and not in estimates.
+
+        An estimate errs by a quarter in English, and by more where a client escapes what is not ASCII.
+        """
+        known = self._families.get(family)
+        if known is None or not body_bytes:
+            return
+        ratio = prompt_tokens / body_bytes
+        if TOKENS_PER_BYTE_MIN <= ratio <= TOKENS_PER_BYTE_MAX:
+            old = known.tokens_per_byte
+            known.tokens_per_byte = old + _COUNT_WEIGHT * (ratio - old) if old else ratio
 
     def describe(
         self, family: str, *, key_id: str, endpoint: str, model: str, at_ns: int, ttl: str = "", ttl_reason: str = ""
@@ -286,6 +334,15 @@ class FamilyLinter:
             _, oldest = self._families.popitem(last=False)
             self._bytes -= oldest.size
 
+    def _see(self, family: str, variant: _Variant, now: float) -> float | None:
+        """A beginning was used; returns when it was before, None where that is not known."""
+        key = (family, variant)
+        seen_at = self._variants.pop(key, None)
+        self._variants[key] = now
+        if len(self._variants) > VARIANTS_MAX:
+            self._variants.popitem(last=False)
+        return seen_at
+
     def _note(self, known: _Family, family: str, found: Finding | None, lost: int, at_ns: int) -> Finding | None:
         if found is None:
             return None
@@ -345,24 +402,31 @@ def lost_nanousd(tokens: int, price: Price, write: str = "") -> int:
     return tokens * max(paid - price.cache_read_nanousd, 0)
 
 
-def tokens_paid_again(previous: PromptParts, current: PromptParts, finding: Finding, *, min_tokens: int = 0) -> int:
+def tokens_paid_again(
+    previous: PromptParts, current: PromptParts, finding: Finding, *, min_tokens: int = 0, tokens_per_byte: float = 0.0
+) -> int:
     """Tokens behind the byte of a finding that would have been read without it: an estimate.
 
     They are what both prompts share: the rest of the part, the parts behind it, and of the messages what the previous
     prompt had, when it was the same conversation. 0 for a prompt that is shorter than the model's minimum, and for a
-    fault that lost nothing (a mark that the API refuses, or one that does nothing).
+    fault that lost nothing (a mark that the API refuses, or one that does nothing). `tokens_per_byte` is what Anthropic
+    counted for prompts like these, 0.0: not known, an estimate by the kind of text.
     """
+
+    def tokens(raw: bytes) -> int:
+        return round(len(raw) * tokens_per_byte) if tokens_per_byte else tokens_of(raw)
+
     if finding.cause in {"ttl_order", "too_many_marks", "empty_mark", "below_minimum"}:
         return 0
     shared = [current.tools, current.system]
     if finding.part == "messages" or continues(previous.messages, current.messages):
         shared.append(previous.messages if len(previous.messages) < len(current.messages) else current.messages)
-    if tokens_of(b"".join(shared)) < min_tokens:
+    if tokens(b"".join(shared)) < min_tokens:
         return 0
     at = {"tools": 0, "system": 1, "messages": 2, "request": 0}[finding.part]
     # What a look-back misses is what was written before it.
     skip = 0 if finding.cause == "look_back" else finding.byte
-    return tokens_of(shared[at][skip:] + b"".join(shared[at + 1 :]))
+    return tokens(shared[at][skip:] + b"".join(shared[at + 1 :]))
 
 
 def tokens_of(raw: bytes) -> int:
@@ -386,20 +450,8 @@ def _size(parts: PromptParts) -> int:
     return len(parts.tools) + len(parts.system) + len(parts.messages)
 
 
-def _variant(parts: PromptParts) -> tuple[str, int, int]:
+def _variant(parts: PromptParts) -> _Variant:
     return parts.model, hash(parts.tools), hash(parts.system)
-
-
-def _see(known: _Family, now: float) -> None:
-    known.seen[known.variant] = now
-    known.seen.move_to_end(known.variant)
-    if len(known.seen) > VARIANTS_MAX:
-        known.seen.popitem(last=False)
-
-
-def _is_warm(known: _Family, parts: PromptParts, now: float, ttl_s: float) -> bool:
-    seen_at = known.seen.get(_variant(parts))
-    return seen_at is not None and now - seen_at <= ttl_s
 
 
 def _of_mark(cause: Cause, mark: _Mark, before: str, after: str) -> Finding:

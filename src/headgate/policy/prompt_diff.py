@@ -280,7 +280,11 @@ def _finding(part: Part, found: _Difference | None, users: tuple[str, str]) -> F
     if found is None:
         return None
     if isinstance(found, _Place):
-        return Finding(found.cause, part, found.byte, found.before, found.after, MENDS[found.cause], found.value_at)
+        before, after = found.before, found.after
+        if part == "messages" and found.cause in {"key_order", "text_changed"}:
+            # Of a tool's schema the keys are a program's words; of what a model or a person said they need not be.
+            before, after = snippet(before, 0, cause=found.cause), snippet(after, 0, cause=found.cause)
+        return Finding(found.cause, part, found.byte, before, after, MENDS[found.cause], found.value_at)
     at = first_difference(found.one, found.other)
     value = classify(found.one, found.other, at, user_before=users[0], user_after=users[1])
     cause: Cause = value.cause
