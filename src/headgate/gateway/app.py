@@ -23,11 +23,12 @@ from headgate.gateway.answer_reuse import AnswerReuse
 from headgate.gateway.budgets import EVERYBODY, SeedTimes, spend_alert, tier_of
 from headgate.gateway.endpoints import HOP_HEADER, Endpoints
 from headgate.gateway.guards import AlertSink, SpendGuard, velocity_policy
+from headgate.gateway.keep_warm import WarmKeeper, spent_on_warming
 from headgate.gateway.limits_view import limits_view
 from headgate.gateway.operator import operator_app
 from headgate.gateway.pipeline import Pipeline
 from headgate.gateway.policies import Policies, policies
-from headgate.gateway.prompt_caching import PromptCaching
+from headgate.gateway.prompt_caching import KeptPrompts, PromptCaching
 from headgate.gateway.purse import Purses
 from headgate.gateway.server import Server
 from headgate.gateway.settings import Settings, SettingsError, host_port, reload
@@ -212,10 +213,15 @@ class Gateway:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
-            loop.add_signal_handler(signal.SIGHUP, self._reload, pipeline, catalog)
+            warming = self._warm_keeper(pipeline, engine, ledger)
+            loop.add_signal_handler(signal.SIGHUP, self._reload, pipeline, catalog, warming)
             tasks.start(self._tick(server, upstream, pipeline, ledger))
             tasks.start(self._watch_budgets(pipeline, alerts))
             tasks.start(self._keep_findings(pipeline, engine))
+            if self._worker.index == 0:
+                tasks.start(warming.run())
+            else:
+                pipeline.caching.kept = KeptPrompts(bytes_max=0)
             # What is alive now stays alive; the collector need not look at it again.
             gc.collect()
             gc.freeze()
@@ -231,6 +237,7 @@ class Gateway:
             if started is not None:
                 started(self)
             await self._stopping.wait()
+            warming.stop()
             await self._drain(server, pipeline)
             operator.should_exit = True
             await tasks.join(timeout_s=5.0)
@@ -330,7 +337,23 @@ class Gateway:
                 # They are for a report: the next ones will do.
                 log.warning("cache_findings_lost", findings=len(found.findings), reason=str(error))
 
-    def _reload(self, pipeline: Pipeline, catalog: Catalog) -> None:
+    def _warm_keeper(self, pipeline: Pipeline, engine: sa.Engine, ledger: LocalLedger) -> WarmKeeper:
+        """Made in every worker, and run by the first of them alone: the day's cap is that of one."""
+
+        def read_spent(at_ns: int) -> int:
+            ledger.flush()
+            with engine.connect() as connection:
+                return spent_on_warming(connection, at_ns)
+
+        return WarmKeeper(
+            pipeline,
+            self._settings.cache,
+            new_call_id=self._new_call_id,
+            read_spent=read_spent,
+            shares=lambda: pipeline.traffic.limits.replicas // self._worker.count,
+        )
+
+    def _reload(self, pipeline: Pipeline, catalog: Catalog, warming: WarmKeeper) -> None:
         """SIGHUP: read the settings again. Calls go on under those they began with; what is wrong changes nothing."""
         try:
             self._settings, waiting = reload(self._settings)
@@ -340,6 +363,7 @@ class Gateway:
         pipeline.policies = policies(self._settings, catalog)
         pipeline.traffic.apply(pipeline.policies)
         pipeline.caching.apply(self._settings.cache)
+        warming.apply(self._settings.cache)
         velocity = self._settings.velocity
         pipeline.purses.guard.apply(_velocity_policy(self._settings), enabled=velocity.enabled)
         log.info("reloaded", need_restart=waiting)

@@ -26,6 +26,101 @@ _CLAUDE_CODE = (b"x-claude-code-", b"claude-cli/")
 ASKED_FOR_S = 3600.0
 """How long after a prompt of a family missed, Anthropic is asked about the family's prompts."""
 FAMILIES_MAX = 4_096
+KEPT_BYTES_MAX = 16 << 20
+"""Of bodies that are remembered to keep their prefixes warm, and as much of those whose answer has not begun."""
+
+
+class KeptPrompt(msgspec.Struct, frozen=True, gc=False):
+    """The last prompt of a family whose answer began: what keeping its prefix warm begins with."""
+
+    plan: CachePlan
+    principal: Principal
+    endpoint: str
+    model: str
+    """As the body names it."""
+    header_lines: bytes
+    """The client's that were passed on."""
+    used_at: float
+    """When it was sent, monotonic: from there its prefix lives."""
+
+
+class KeptPrompts:
+    """A prompt for each family, of those that have a mark. Bounded by the bytes; those longest unused go first."""
+
+    __slots__ = ("_began", "_bytes_max", "_planned")
+
+    def __init__(self, bytes_max: int = KEPT_BYTES_MAX) -> None:
+        self._bytes_max = bytes_max
+        self._planned = _Bodies(bytes_max)
+        self._began = _Bodies(bytes_max)
+
+    @property
+    def bytes(self) -> int:
+        """Of all bodies that are held."""
+        return self._planned.bytes + self._began.bytes
+
+    def prompts(self) -> list[KeptPrompt]:
+        """Those whose answers began, the one longest unused first."""
+        return list(self._began.prompts.values())
+
+    def planned(self, prompt: KeptPrompt) -> None:
+        """It is about to be sent."""
+        if prompt.plan.marked:
+            self._planned.put(prompt)
+
+    def sent(self, plan: CachePlan, now: float) -> None:
+        """It leaves, or leaves again."""
+        found = self._planned.prompts.get(plan.family)
+        if found is not None and found.plan is plan:
+            self._planned.put(msgspec.structs.replace(found, used_at=now))
+
+    def began(self, plan: CachePlan, usage: Usage) -> None:
+        """Its answer began. What was neither read nor written is not in the cache."""
+        found = self._planned.prompts.get(plan.family)
+        if found is None or found.plan is not plan:
+            return
+        self._planned.drop(plan.family)
+        if usage.cache_read_tokens or usage.cache_write_5m_tokens or usage.cache_write_1h_tokens:
+            self._began.put(found)
+
+    def drop(self, family: str) -> None:
+        """Its prefix is gone."""
+        self._began.drop(family)
+
+    def clear(self) -> None:
+        """Nothing is kept any more."""
+        self._planned = _Bodies(self._bytes_max)
+        self._began = _Bodies(self._bytes_max)
+
+
+class _Bodies:
+    """Prompts by family, within so many bytes."""
+
+    __slots__ = ("_bytes_max", "bytes", "prompts")
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self.bytes = 0
+        self.prompts: OrderedDict[str, KeptPrompt] = OrderedDict()
+
+    def put(self, prompt: KeptPrompt) -> None:
+        family = prompt.plan.family
+        self.drop(family)
+        if _bytes_of(prompt) > self._bytes_max // 4:
+            return
+        self.prompts[family] = prompt
+        self.bytes += _bytes_of(prompt)
+        while self.bytes > self._bytes_max or len(self.prompts) > FAMILIES_MAX:
+            self.drop(next(iter(self.prompts)))
+
+    def drop(self, family: str) -> None:
+        gone = self.prompts.pop(family, None)
+        if gone is not None:
+            self.bytes -= _bytes_of(gone)
+
+
+def _bytes_of(prompt: KeptPrompt) -> int:
+    return len(prompt.plan.body) + len(prompt.header_lines)
 
 
 class _Asked(msgspec.Struct, gc=False):
@@ -49,6 +144,8 @@ class PromptCaching:
         self._now_ns = now_ns
         self.planner = PromptCache(catalog, ttl=section.ttl)
         self.linter = FamilyLinter()
+        self.kept = KeptPrompts()
+        """Empty unless `cache.keep_warm` is on."""
         self._cold = ColdPrefixes(section.single_flight_wait_s)
         self._wake: dict[str, Callable[[], None]] = {}
         self._asked: OrderedDict[str, _Asked] = OrderedDict()
@@ -57,6 +154,8 @@ class PromptCaching:
         """Settings were read again. What was learned stays, unless the TTL is another one."""
         if section.ttl != self._section.ttl:
             self.planner = PromptCache(self._catalog, ttl=section.ttl)
+        if section.ttl != self._section.ttl or not section.keep_warm:
+            self.kept.clear()
         self._section = section
         self._cold.wait_s = section.single_flight_wait_s
 
@@ -100,15 +199,19 @@ class PromptCaching:
             write=plan.ttl,
             min_tokens=known.cache_min_tokens if known is not None else 0,
         )
-        if not section.diagnostics:
-            return plan
-        if finding is not None:
-            self._miss(plan.family, now)
-        return self._asking(plan, scanned, now)
+        if section.diagnostics:
+            if finding is not None:
+                self._miss(plan.family, now)
+            plan = self._asking(plan, scanned, now)
+        if section.keep_warm and principal.plan_cache:
+            self.kept.planned(KeptPrompt(plan, principal, endpoint, model, header_lines, now))
+        return plan
 
     def began(self, plan: CachePlan, *, model: str, usage: Usage, message_id: str, diagnostics: bytes) -> None:
         """An answer began: what it read and wrote is known, and everybody who waited for its prefix goes on."""
         self.planner.began(plan, model=model, usage=usage, now=self._clock())
+        if self._section.keep_warm:
+            self.kept.began(plan, usage)
         if plan.cold:
             self._wake_up(self._cold.began(plan.cold))
         asked = self._asked.get(plan.family)
@@ -152,6 +255,8 @@ class PromptCaching:
 
     def sent(self, plan: CachePlan, call_id: str) -> None:
         """The attempt leaves."""
+        if self._section.keep_warm:
+            self.kept.sent(plan, self._clock())
         if plan.cold:
             self._wake_up(self._cold.sent(plan.cold, call_id, self._clock()))
 
