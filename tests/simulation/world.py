@@ -431,6 +431,7 @@ class World:
             policies=self.policies,
             traffic=self.traffic,
             purses=self._purses(settings),
+            reuse=None,
             caching=PromptCaching(settings.cache, packaged(), clock=loop.time, now_ns=self.now_ns),
             upstream=self,
             ledger=self.tables,

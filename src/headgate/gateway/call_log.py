@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from headgate.gateway.settlement import Attribution, Settlement
+from headgate.gateway.settlement import Attribution, Ending, Settlement
 from headgate.policy.prompt_cache import CachePlan
-from headgate.policy.records import ClientRequest, OutcomeKind, Plan, Principal, Record
+from headgate.policy.records import ClientRequest, Plan, Principal
 from headgate.telemetry.log_line import LogLine
-
-
-class Ending(Record, frozen=True, gc=False):
-    """How a call ended."""
-
-    outcome: OutcomeKind
-    status: int
-    """What the client saw."""
-    total_ms: int
-    model: str = ""
-    error_code: str = ""
-    failure: str = ""
-    reasons: tuple[str, ...] = ()
-    attempts: int = 0
-    first_byte_ms: int | None = None
-    reused: bool = False
 
 
 def call_line(

@@ -13,15 +13,16 @@ import msgspec
 import structlog
 
 from headgate.gateway import forwarding, own_headers, refusals
-from headgate.gateway.call_log import Ending, call_line
+from headgate.gateway.answer_reuse import Delivery, Recorder
+from headgate.gateway.call_log import call_line
 from headgate.gateway.failures import cut_error, failure_of_status, passed_on_lines, refusal_of, request_id
 from headgate.gateway.purse import Purse
 from headgate.gateway.relay import ClientStream, Relay
 from headgate.gateway.server import Exchange
-from headgate.gateway.settlement import Attribution, Settlement
+from headgate.gateway.settlement import Attribution, Ending, Settlement
 from headgate.gateway.shared import Shared
 from headgate.gateway.subjects import subjects_of
-from headgate.gateway.traffic import Diverted, Left, Turn, Waiting, Want
+from headgate.gateway.traffic import LEASE_S, Diverted, Left, Turn, Waiting, Want
 from headgate.gateway.upstream import Answer, UpstreamConnection
 from headgate.gateway.waiting import Wait
 from headgate.policy.admission import admit
@@ -29,9 +30,9 @@ from headgate.policy.call import Admit, Call, Finish, Send, Sleep, failure_code
 from headgate.policy.call import Relay as RelayStep
 from headgate.policy.fallback import Unfit, rewrite
 from headgate.policy.forecast import NO_FORECAST, uncached
-from headgate.policy.limiter import Subject
+from headgate.policy.limiter import Ask, ClassLimits, Subject
 from headgate.policy.prompt_cache import CachePlan
-from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, Plan, Principal, Refused
+from headgate.policy.records import Attempt, ClientRequest, Failure, Outcome, OutcomeKind, Plan, Principal, Refused
 from headgate.policy.retry import OUTAGE, Cause, cause
 from headgate.policy.token_estimate import Script, script
 from headgate.storage.interfaces import LedgerUnavailable
@@ -83,6 +84,8 @@ class Pipeline(Shared):
         self.traffic.tick(now)
         self.purses.money.tick(now)
         self.purses.guard.tick()
+        if self.reuse is not None:
+            self.reuse.tick(now)
 
     def interrupt_all(self) -> None:
         """The process must end now: every answer that is not whole is told so."""
@@ -102,6 +105,7 @@ class MessageCall:
         "_call",
         "_client",
         "_connection",
+        "_delivery",
         "_error_data",
         "_exchange",
         "_first_byte_at",
@@ -115,6 +119,7 @@ class MessageCall:
         "_principal",
         "_purse",
         "_queued_s",
+        "_recorder",
         "_relay",
         "_request",
         "_scanned",
@@ -160,6 +165,10 @@ class MessageCall:
         self._waiting: Waiting | None = None
         self._turn: Turn | None = None
         self._queued_s = 0.0
+        self._recorder: Recorder | None = None
+        """Of an answer that may be given again."""
+        self._delivery: Delivery | None = None
+        """Of an answer that was given before."""
         self._purse: Purse | None = None
         self._subjects: tuple[Subject, ...] = ()
         """Whom it counts against."""
@@ -208,8 +217,11 @@ class MessageCall:
                 self._end_turn(0, 0)
             if self._cached is not None:
                 self._pipeline.caching.leave(self._cached, self._request.call_id)
+            if self._recorder is not None:
+                self._recorder.drop()
             if self._purse is not None:
-                self._purse.close(self._settlement.cost_nanousd)
+                sent = self._call.attempts if self._call is not None else 0
+                self._purse.close(self._settlement.cost_nanousd, sent=sent)
 
     def _prepare(self) -> Plan | None:
         """Scan, plan, admit; None when the request has been refused."""
@@ -280,6 +292,8 @@ class MessageCall:
         pipeline, whose = self._pipeline, self._whose
         if whose.conversation and len(pipeline.stickiness):
             self._sticky = pipeline.stickiness.model_of(whose.user, whose.conversation, pipeline.clock())
+        if not self._sticky and await self._reused(plan):
+            return
         call = self._call = Call(
             plan,
             policy=self._policies.retry,
@@ -295,6 +309,7 @@ class MessageCall:
                 self._stream_head,
                 ping_after_s=pipeline.settings.server.ping_after_s,
                 clock=pipeline.clock,
+                copy=None if self._recorder is None else self._recorder.write,
             )
         while True:
             step = call.step
@@ -312,6 +327,54 @@ class MessageCall:
             elif isinstance(step, Finish):
                 self._finish(step.outcome, plan)
                 return
+
+    async def _reused(self, plan: Plan) -> bool:
+        """Give the answer that an earlier call got to the very same request, where its endpoint wants that."""
+        pipeline, whose, reuse = self._pipeline, self._whose, self._pipeline.reuse
+        if reuse is None or self._scanned is None or not reuse.wanted(whose.endpoint):
+            return False
+        key = reuse.key(
+            whose.endpoint, self._request, self._scanned, plan, key_id=self._principal.key_id, user=whose.user
+        )
+        if key is None:
+            return False
+        found = await reuse.find(key)
+        if found is None or not await self._may_ask():
+            self._recorder = reuse.recorder(key)
+            return False
+        lines = own_headers.limit_lines(pipeline.traffic.limits, self._subjects, pipeline.now_ns())
+        self._first_byte_at = pipeline.clock()
+        self._delivery = Delivery(self._exchange, found, call_id=self._request.call_id, more_lines=lines)
+        whole = await self._delivery.run()
+        kind: OutcomeKind = "completed" if whole else "cut" if self._interrupted else "abandoned"
+        ending = Ending(
+            outcome=kind,
+            status=200 if whole or self._interrupted else _CLIENT_CLOSED,
+            total_ms=self._ms_since_start(),
+            model=found.answer.model,
+            error_code="client_left" if kind == "abandoned" else "restarting" if kind == "cut" else "",
+            first_byte_ms=self._ms_to(self._first_byte_at),
+            reused=True,
+        )
+        self._settlement.reused(
+            ending,
+            self._settlement.opened(plan, self._principal, whose),
+            found.answer.stop_reason,
+            found.answer.cost_nanousd,
+        )
+        self._log(plan, ending)
+        return True
+
+    async def _may_ask(self) -> bool:
+        """Whether the person's own limits let one more request pass; it goes to nobody, so no other limit is asked."""
+        limits = self._pipeline.traffic.limits
+        ask = Ask(f"{self._request.call_id}:0", "", ClassLimits(), self._subjects, 0, 0, lease_s=LEASE_S)
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        limits.admit(ask, lambda verdict: answer.set_result(verdict.admitted))
+        admitted = await answer
+        if admitted:
+            limits.settle(ask.id, input_tokens=0, output_tokens=0)
+        return admitted
 
     async def _take_turn(self, call: Call, plan: Plan, step: Admit) -> None:
         """Make the body fit the model, and wait until the attempt may leave."""
@@ -515,6 +578,7 @@ class MessageCall:
         if relay.fold.complete:
             # Whole, even when the client left during the last bytes.
             settlement.completed_stream(attempt, answer, relay.fold)
+            self._keep(attempt, answer, relay.fold.stop_reason, relay.fold.usage)
             self._answered(attempt.model, relay.fold.usage)
             call.completed(200)
         elif self._gone:
@@ -548,6 +612,9 @@ class MessageCall:
         )
         self._pipeline.forecaster.began(attempt.model, self._forecast, usage, self._pipeline.clock())
         self._learn_cache(attempt, usage, message.id, bytes(message.diagnostics))
+        if self._recorder is not None:
+            self._recorder.write(body)
+            self._keep(attempt, answer, message.stop_reason or "", usage)
         self._answered(attempt.model, usage)
         if self._gone:
             call.abandoned()
@@ -561,6 +628,18 @@ class MessageCall:
         lines = forwarding.response_lines(answer.headers) + self._own_lines() + bill
         call.completed(200)
         self._exchange.respond(200, lines, body)
+
+    def _keep(self, attempt: Attempt, answer: Answer, stop_reason: str, usage: Usage) -> None:
+        """The answer is whole: it may be given again."""
+        if self._recorder is not None:
+            self._recorder.keep(
+                served=attempt.model,
+                stop_reason=stop_reason,
+                content_type=answer.header_map.get(b"content-type", b""),
+                request_id=request_id(answer),
+                usage=usage,
+                cost_nanousd=self._settlement.attempt_nanousd,
+            )
 
     def _finish(self, outcome: Outcome, plan: Plan) -> None:
         """The call's one outcome: told to the client, the ledger and the log."""
@@ -620,7 +699,10 @@ class MessageCall:
     def interrupt(self) -> None:
         """The process ends before this answer does: the client hears of it, and what was produced is settled."""
         self._interrupted = True
-        if self._relay is not None:
+        if self._delivery is not None:
+            error_type, code, message = cut_error(Failure(kind="reset"), interrupted=True)
+            self._delivery.interrupt(errors.event(error_type, message, code=code, request_id=self._request.call_id))
+        elif self._relay is not None:
             self._relay.broke(Failure(kind="reset", status=200, message="The gateway is restarting."))
         elif self._connection is not None:
             self._connection.abort()
@@ -669,6 +751,12 @@ class MessageCall:
         if self._interrupted:
             error = refusals.answer(refusals.RESTARTING, call_id=call_id)
             self._exchange.respond(error.status, error.header_lines, error.body)
+            return error.status
+        cut = self._own_purse().cut
+        if cut is not None:
+            # Before its first byte was shown: it can still be a proper status.
+            error = refusals.answer(cut, call_id=call_id)
+            self._exchange.respond(error.status, error.header_lines + self._attempt_lines(), error.body)
             return error.status
         answer = self._last_answer
         if failure.kind == "stream_error" and self._error_data and answer is not None:
@@ -740,7 +828,15 @@ class MessageCall:
     def _cut(self) -> None:
         """A budget is used up in mid-answer: the stream ends here."""
         if self._relay is not None:
-            self._relay.broke(Failure(kind="reset", status=200, message="A budget is used up.", should_retry=False))
+            self._relay.broke(
+                Failure(
+                    kind="reset",
+                    status=200,
+                    error_code="budget_exceeded",
+                    message="A budget is used up.",
+                    should_retry=False,
+                )
+            )
 
     def _its_turn(self) -> Turn:
         assert self._turn is not None, "an attempt is made in its turn"
@@ -758,6 +854,7 @@ class MessageCall:
         pipeline.forecaster.began(attempt.model, self._forecast, fold.usage, pipeline.clock())
         self._learn_cache(attempt, fold.usage, fold.message_id, fold.diagnostics)
         pipeline.traffic.began(self._its_turn(), input_tokens=uncached(fold.usage))
+        self._own_purse().progressed(fold.usage, fold.model or attempt.model, self._cut)
 
     def _learn_cache(self, attempt: Attempt, usage: Usage, message_id: str, diagnostics: bytes) -> None:
         if self._cached is not None:

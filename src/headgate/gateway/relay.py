@@ -24,11 +24,19 @@ _ENDS = frozenset({Kind.STOP, Kind.ERROR})
 class ClientStream:
     """The client's side of a streamed answer; it outlives the attempts. Sends a `ping` of ours into a long silence."""
 
-    __slots__ = ("_clock", "_exchange", "_head", "_ping_after_s", "_sent_at", "started")
+    __slots__ = ("_clock", "_copy", "_exchange", "_head", "_ping_after_s", "_sent_at", "started")
 
     def __init__(
-        self, exchange: Exchange, head: Callable[[], bytes], *, ping_after_s: float, clock: Callable[[], float]
+        self,
+        exchange: Exchange,
+        head: Callable[[], bytes],
+        *,
+        ping_after_s: float,
+        clock: Callable[[], float],
+        copy: Callable[[bytes], None] | None = None,
     ) -> None:
+        """`copy` is told every byte that the client gets."""
+        self._copy = copy
         self._exchange = exchange
         self._head = head
         self._ping_after_s = ping_after_s
@@ -42,6 +50,8 @@ class ClientStream:
             self.started = True
             self._exchange.start_stream(200, self._head())
         self._sent_at = self._clock()
+        if self._copy is not None:
+            self._copy(data)
         self._exchange.write(data)
 
     def end(self, data: bytes) -> None:
@@ -49,6 +59,8 @@ class ClientStream:
         if not self.started:
             self.started = True
             self._exchange.start_stream(200, self._head())
+        if self._copy is not None:
+            self._copy(data)
         self._exchange.end(data)
 
     def tick(self, now: float, *, answering: bool) -> None:

@@ -54,6 +54,22 @@ class Attribution(Record, frozen=True, gc=False):
     deadline_s: float | None = None
 
 
+class Ending(Record, frozen=True, gc=False):
+    """How a call ended."""
+
+    outcome: OutcomeKind
+    status: int
+    """What the client saw."""
+    total_ms: int
+    model: str = ""
+    error_code: str = ""
+    failure: str = ""
+    reasons: tuple[str, ...] = ()
+    attempts: int = 0
+    first_byte_ms: int | None = None
+    reused: bool = False
+
+
 class Accounts:
     """What the settlements of a process share."""
 
@@ -226,6 +242,25 @@ class Settlement:
             self._accounts.ledger.write(opened, closed)
         else:
             self._accounts.ledger.write(*self._take_ended(), closed)
+
+    def reused(self, ending: Ending, opened: CallOpened, stop_reason: str, saved_nanousd: int) -> None:
+        """The call was answered by the answer of an earlier one, which had cost this much: it costs nothing."""
+        self.stop_reason, self.saved_nanousd = stop_reason, saved_nanousd
+        self._accounts.ledger.write(
+            opened,
+            CallClosed(
+                call_id=self._request.call_id,
+                outcome=ending.outcome,
+                status=ending.status,
+                model=ending.model,
+                total_ms=ending.total_ms,
+                first_byte_ms=ending.first_byte_ms,
+                error_code=ending.error_code,
+                stop_reason=stop_reason,
+                reused=True,
+                saved_nanousd=saved_nanousd,
+            ),
+        )
 
     def _seen(self, attempt: Attempt, plan: Plan, fold: StreamFold) -> Usage:
         """Usage of an answer that did not end: exact input, and output by the bytes that went by."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from headgate.gateway.answer_reuse import AnswerReuse
 from headgate.gateway.policies import Policies
 from headgate.gateway.prompt_caching import PromptCaching
 from headgate.gateway.purse import Purses
@@ -52,6 +53,7 @@ class Shared:
         traffic: Traffic,
         purses: Purses,
         caching: PromptCaching,
+        reuse: AnswerReuse | None,
         upstream: Upstream,
         ledger: Ledger,
         catalog: Catalog,
@@ -68,6 +70,8 @@ class Shared:
         self.traffic = traffic
         self.purses = purses
         self.caching = caching
+        self.reuse = reuse
+        """None where no endpoint wants answers again."""
         self.upstream = upstream
         self.ledger = ledger
         self.catalog = catalog
