@@ -12,6 +12,7 @@ from tests.storage.conftest import MODEL, Call, price_per_token
 
 from headgate.policy.budgets import Account, Budgets, MoneyAsk, MoneyVerdict, Spent, ask_id, periods
 from headgate.policy.pricing import upper_bound
+from headgate.policy.prompt_bound import prompt_tokens_max_of
 from headgate.storage.database import begin_write
 from headgate.storage.fold import AttemptRow, CallRow, ending_of_orphan
 from headgate.storage.interfaces import Money
@@ -161,7 +162,7 @@ def test_open_attempts_count_with_the_most_they_can_cost_and_ended_ones_of_open_
     write(tables, row(1, AT.day_ns, costs=(7,), still_open=True), row(2, AT.day_ns - 1, costs=(), still_open=True))
     found = ask_ledger(engine, ids=["call_x:1", ask_id(f"call_{1:024d}", 1), ask_id(f"call_{1:024d}", 2)])
     assert found.sums[f"{AT.day}:all"] == 7
-    bound = upper_bound(1_000, 500, MODEL, AT.day_ns, CATALOG)
+    bound = upper_bound(prompt_tokens_max_of(1_000), 500, MODEL, AT.day_ns, CATALOG)
     (one, other) = sorted(found.opened, key=lambda opened: opened.id)
     assert (one.id, one.nanousd) == (ask_id(f"call_{1:024d}", 2), bound)
     assert set(one.windows) == {
@@ -214,7 +215,7 @@ def test_after_a_crash_the_budget_of_the_next_process_has_what_the_dead_one_sent
         return before, reserved(money, MoneyAsk("x", (account,), 50_000_000, NOON_NS)).spent_nanousd
 
     before, after = asyncio.run(scenario())
-    assert before == upper_bound(1_000, 500, MODEL, call.at_ns, CATALOG)
+    assert before == upper_bound(prompt_tokens_max_of(1_000), 500, MODEL, call.at_ns, CATALOG)
     assert after == 700 + 10
 
 
@@ -245,8 +246,8 @@ def test_a_month_of_a_million_and_a_half_calls_is_read_in_seconds(engine):
             names = ", ".join(columns[: len(rows[0])])
             places = ", ".join("?" * len(rows[0]))
             connection.exec_driver_sql(f"INSERT INTO calls ({names}) VALUES ({places})", rows)
-    started_at = time.perf_counter()
+    started_at = time.process_time()  # others may use the processor meanwhile
     found = ask_ledger(engine)
-    took_s = time.perf_counter() - started_at
+    took_s = time.process_time() - started_at
     assert len(found.sums) == 2 * (2_000 + 50 + 1 + 1)
     assert took_s < 10, "measured"

@@ -18,16 +18,23 @@ from headgate.gateway.guards import SpendGuard, held_to_one
 from headgate.policy.budgets import HEARTBEAT_S, LEASE_S, NANOUSD_MAX, Account, MoneyAsk, MoneyVerdict, ask_id
 from headgate.policy.limiter import Subject
 from headgate.policy.pricing import price, upper_bound
+from headgate.policy.prompt_bound import prompt_tokens_max, web_searches_max
 from headgate.policy.records import Plan, Principal, Refused
 from headgate.storage.interfaces import Money
 from headgate.wire.catalog import Catalog
 from headgate.wire.message import InvalidBody, Splice, scan, splice
 from headgate.wire.usage import Usage
 
-_TOKENS_PER_ESTIMATED = 2.0
-"""No prompt has been seen to have twice the tokens that were estimated; one of every byte a token is the end of it."""
-_TOKENS_BESIDE_TEXT = 1_000
-"""Of the prompt that a tool brings with it (claude-api §9: up to 804), and of the roles."""
+_OUTPUT_TOKENS_MAX, _CONTEXT_TOKENS_MAX = 128_000, 1_000_000
+"""Of a model that the catalogue does not know: the most that any takes."""
+_ANSWER_FLOOR = 256
+"""Below it a lowered `max_tokens` is no answer, and the request is refused instead."""
+
+
+class _Thinking(msgspec.Struct, frozen=True):
+    """What is read of `thinking`."""
+
+    budget_tokens: int = 0
 
 
 class Purses:
@@ -49,8 +56,10 @@ class Purse:
         "_ask_id",
         "_at_ns",
         "_call_id",
+        "_clamped",
         "_digest",
         "_key_id",
+        "_number",
         "_purses",
         "_renewed_at",
         "_rules",
@@ -81,6 +90,10 @@ class Purse:
         self._digest = ""
         self._ask_id = ""
         """Of the reservation that is held; empty: none is."""
+        self._number = 0
+        """Of the attempt that it is for."""
+        self._clamped: int | None = None
+        """What `max_tokens` was lowered to for it."""
         self._renewed_at = 0.0
         self._watched = False
         self.cut: Refused | None = None
@@ -113,21 +126,35 @@ class Purse:
             return body
         identity = ask_id(self._call_id, number)
         if identity == self._ask_id:
-            return body
-        tokens = min(len(body), round(plan.input_tokens_estimate * _TOKENS_PER_ESTIMATED)) + _TOKENS_BESIDE_TEXT
-        upper_nanousd = self._upper(plan, tokens, plan.max_tokens, speed)
+            return body if self._clamped is None else _with_max_tokens(body, self._clamped)
+        self._clamped = None
+        bound = _Bound(
+            self._purses.catalog,
+            plan.models,
+            self._at_ns,
+            input_tokens=prompt_tokens_max(body, plan.input_tokens_estimate),
+            web_searches=web_searches_max(body),
+            speed=speed,
+        )
+        max_tokens = bound.output_tokens(plan.max_tokens, body)
+        upper_nanousd = bound.nanousd(max_tokens)
         verdict = await self._ask(identity, upper_nanousd)
         if not verdict.admitted and self._rules.clamp:
-            output_nanousd = self._upper(plan, tokens, 2, speed) - self._upper(plan, tokens, 1, speed)
             clamped = budgets.clamped_max_tokens(
-                verdict, max_tokens=plan.max_tokens, upper_nanousd=upper_nanousd, output_nanousd=output_nanousd
+                verdict,
+                max_tokens=max_tokens,
+                upper_nanousd=upper_nanousd,
+                output_nanousd=bound.nanousd(2) - bound.nanousd(1),
+                floor=_answer_floor(body),
             )
             if clamped is not None:
-                verdict = await self._ask(identity, self._upper(plan, tokens, clamped, speed))
-                body = _with_max_tokens(body, clamped)
+                verdict = await self._ask(identity, bound.nanousd(clamped))
+                if verdict.admitted:
+                    self._clamped = clamped
+                    body = _with_max_tokens(body, clamped)
         if not verdict.admitted:
             return budgets.refused(verdict, self._at_ns)
-        self._ask_id, self._renewed_at = identity, now
+        self._ask_id, self._number, self._renewed_at = identity, number, now
         return body
 
     def tick(self, now: float) -> None:
@@ -138,16 +165,18 @@ class Purse:
 
     def progressed(self, usage: Usage, model: str, on_cut: Callable[[], None]) -> None:
         """What the attempt has cost so far. `on_cut` is called when that is more than there is."""
-        if not self._ask_id:
+        identity = self._ask_id
+        if not identity:
             return
 
         def over() -> None:
-            if self.cut is None:
-                self.cut = budgets.cut_error(self._accounts[0].id, 0)
+            # Over Redis the answer may come when the attempt is over, and another under way.
+            if self.cut is None and identity == self._ask_id:
+                self.cut = self._cut_error()
                 on_cut()
 
         cost = price(usage, model, self._at_ns, self._purses.catalog)
-        self._purses.money.spend(self._ask_id, cost.cost_nanousd, over)
+        self._purses.money.spend(identity, min(cost.cost_nanousd, NANOUSD_MAX), over)
 
     def settle(self, nanousd: int) -> None:
         """The attempt is over, and cost this much; 0 for one that never left."""
@@ -155,8 +184,14 @@ class Purse:
             self._purses.money.settle(self._ask_id, min(nanousd, NANOUSD_MAX))
             self._ask_id = ""
 
-    def close(self, nanousd: int) -> None:
-        """The call is over, and cost this much with all of its attempts. Once, and for a call that was watched."""
+    def close(self, nanousd: int, *, sent: int) -> None:
+        """The call is over, and cost this much with all of its attempts, of which so many were sent. Once.
+
+        What is held for an attempt that was not sent goes back: its client left while it waited. What is held for one
+        that was, goes by its lease: something broke, and only the ledger can tell.
+        """
+        if self._ask_id and self._number > sent:
+            self.settle(0)
         if not self._watched:
             return
         self._watched = False
@@ -173,11 +208,18 @@ class Purse:
     def _cap(self, kind: str) -> int | None:
         return next((one.day_nanousd for one in self._accounts if one.id.startswith(kind)), None)
 
-    def _upper(self, plan: Plan, input_tokens: int, max_tokens: int, speed: str) -> int:
-        """The most that the dearest of the plan's models may cost."""
-        catalog, at_ns = self._purses.catalog, self._at_ns
-        bounds = (upper_bound(input_tokens, max_tokens, one, at_ns, catalog, speed=speed) for one in plan.models)
-        return min(max(bounds), NANOUSD_MAX)
+    def _cut_error(self) -> Refused:
+        """Names the account that is nearest to its cap."""
+        caps = {(one.id, "day"): one.day_nanousd for one in self._accounts}
+        caps |= {(one.id, "month"): one.month_nanousd for one in self._accounts}
+        uses = self._purses.money.snapshot([one.id for one in self._accounts])
+        left = [
+            (cap - use.spent_nanousd - use.reserved_nanousd, use.account, cap)
+            for use in uses
+            if (cap := caps[use.account, use.window]) is not None
+        ]
+        _, account, cap = min(left)
+        return budgets.cut_error(account, cap)
 
     async def _ask(self, identity: str, upper_nanousd: int) -> MoneyVerdict:
         answers: list[MoneyVerdict] = []
@@ -193,6 +235,76 @@ class Purse:
             waiting = asyncio.get_running_loop().create_future()
             await waiting
         return answers[0]
+
+
+class _Bound:
+    """The most that the dearest of a plan's models may cost, so that an attempt which is diverted keeps its
+    reservation. What a model would not take at all (more tokens than it has) is refused by Anthropic, and costs
+    nothing: nobody's budget is held for it."""
+
+    __slots__ = ("_at_ns", "_catalog", "_input_tokens", "_models", "_speed", "_web_searches")
+
+    def __init__(
+        self, catalog: Catalog, models: tuple[str, ...], at_ns: int, *, input_tokens: int, web_searches: int, speed: str
+    ) -> None:
+        self._catalog = catalog
+        self._models = [(one, *self._limits(one)) for one in models]
+        self._at_ns = at_ns
+        self._input_tokens = input_tokens
+        self._web_searches = web_searches
+        self._speed = speed
+
+    def nanousd(self, max_tokens: int) -> int:
+        """With so many tokens of output."""
+        most = 0
+        for number, (model, output_tokens_max, context_tokens) in enumerate(self._models):
+            nanousd = upper_bound(
+                min(self._input_tokens, context_tokens),
+                min(max_tokens, output_tokens_max),
+                model,
+                self._at_ns,
+                self._catalog,
+                # A fallback that is not sold at this speed is asked without it.
+                speed=self._speed if number == 0 or self._sold_fast(model) else "standard",
+                web_searches_max=self._web_searches,
+            )
+            most = max(most, nanousd)
+        return most
+
+    def output_tokens(self, max_tokens: int, body: bytes) -> int:
+        """What the request may put out. A `max_tokens` that is no plain number is taken for the most there is:
+        Anthropic may read `32000.0` as it was meant."""
+        most = max(output_tokens_max for _, output_tokens_max, _ in self._models)
+        if max_tokens == 0 and not _asks_for_nothing(body):
+            return most
+        return min(max_tokens, most)
+
+    def _limits(self, model: str) -> tuple[int, int]:
+        known = self._catalog.resolve(model)
+        return (
+            (known.max_output_tokens, known.context_tokens)
+            if known is not None
+            else (_OUTPUT_TOKENS_MAX, _CONTEXT_TOKENS_MAX)
+        )
+
+    def _sold_fast(self, model: str) -> bool:
+        return not self._catalog.price_row(model, self._at_ns, "fast", 0).assumed
+
+
+def _asks_for_nothing(body: bytes) -> bool:
+    try:
+        return scan(body).raw("max_tokens") == b"0"
+    except InvalidBody:
+        return False
+
+
+def _answer_floor(body: bytes) -> int:
+    """The least `max_tokens` that is of use: Anthropic refuses one that its budget for thinking does not fit into."""
+    try:
+        thinking = msgspec.json.decode(scan(body).raw("thinking") or b"{}", type=_Thinking)
+    except (InvalidBody, msgspec.DecodeError):
+        return _ANSWER_FLOOR
+    return _ANSWER_FLOOR + max(thinking.budget_tokens, 0)
 
 
 def _with_max_tokens(body: bytes, max_tokens: int) -> bytes:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 import structlog
 
 from headgate.policy.budgets import (
+    NANOUSD_MAX,
     AccountUse,
     Budgets,
     MoneyAsk,
@@ -26,6 +27,7 @@ from headgate.policy.budgets import (
     window_id,
 )
 from headgate.policy.pricing import upper_bound
+from headgate.policy.prompt_bound import prompt_tokens_max_of
 from headgate.storage.tables import attempts, calls
 from headgate.wire.catalog import Catalog
 
@@ -192,7 +194,8 @@ def _opened(connection: sa.Connection, at_ns: int, catalog: Catalog, tier_of: Ti
         names = (at.day, at.month) if row.came_ns >= at.day_ns else (at.month,)
         accounts = _accounts(row.key_id, row.user_id, tier_of(row.tier))
         windows = tuple(window_id(period, account) for account in accounts for period in names)
-        nanousd = upper_bound(row.input_tokens_estimate, row.max_tokens, row.model, row.at_ns, catalog)
+        tokens = prompt_tokens_max_of(row.input_tokens_estimate)
+        nanousd = min(upper_bound(tokens, row.max_tokens, row.model, row.at_ns, catalog), NANOUSD_MAX)
         found.append(OpenAttempt(ask_id(row.call_id, row.number), nanousd, windows))
     return tuple(found)
 
