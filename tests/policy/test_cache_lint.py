@@ -28,6 +28,7 @@ AT_NS = 20_675 * 86_400 * 10**9  # 2026-08-10T00:00:00Z
 PRICE = catalog.packaged().price_row(MODEL, AT_NS)
 KNOWLEDGE = "The handbook says that everybody is served in the order in which they came. " * 400
 MARK = {"type": "ephemeral"}
+TURNS = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And now?"}]
 TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in ("search", "order", "refund", "ask")]
 
 
@@ -145,14 +146,40 @@ def test_a_prompt_that_the_cache_still_holds_loses_nothing():
     assert sum(row.lost_nanousd for row in linter.take_deltas().findings) == 0
 
 
-def test_what_was_paid_again_is_what_stands_behind_the_byte():
+def test_what_was_paid_again_is_what_stands_behind_the_last_entry():
     one, other = prompt(f"Now 10:15:01. {KNOWLEDGE}"), prompt(f"Now 10:15:02. {KNOWLEDGE}")
     found = compare(one, other)
     tokens = tokens_paid_again(one, other, found, min_tokens=1_024)
-    assert tokens_of(KNOWLEDGE.encode()) - 5 < tokens <= tokens_of(other.system) + tokens_of(other.messages)
+    assert tokens_of(KNOWLEDGE.encode()) - 5 < tokens <= tokens_of(other.system + other.messages)
     assert tokens_paid_again(one, other, found, min_tokens=100_000) == 0
-    at_the_end = compare(prompt(f"{KNOWLEDGE} 10:15:01"), prompt(f"{KNOWLEDGE} 10:15:02"))
-    assert tokens_paid_again(prompt(f"{KNOWLEDGE} 10:15:01"), prompt(f"{KNOWLEDGE} 10:15:02"), at_the_end) < 30
+
+
+def paid_again(one, other, **rest):
+    return tokens_paid_again(one, other, compare(one, other), **rest)
+
+
+def test_a_time_at_the_end_costs_the_block_it_stands_in():
+    whole = tokens_of(encode(KNOWLEDGE))
+    strings = [prompt(f"{KNOWLEDGE} {clock}") for clock in ("10:15:01", "10:15:02")]
+    assert whole < paid_again(*strings) < whole + 50
+    # In a block of its own it costs little, where the block before it is long enough to be an entry.
+    blocks = [prompt([block(KNOWLEDGE, None), block(clock, None)]) for clock in ("10:15:01", "10:15:02")]
+    assert paid_again(*blocks, min_tokens=1_024) < 50
+    assert paid_again(*blocks, min_tokens=whole - 10) < 50
+    assert whole < paid_again(*blocks, min_tokens=whole + 30) < whole + 100
+    # An entry ends where the caller marks: one mark at the end, and nothing is read.
+    for first, tokens in ((None, whole), ("", 0)):
+        marked = [prompt([block(KNOWLEDGE, first), block(clock)]) for clock in ("10:15:01", "10:15:02")]
+        assert tokens <= paid_again(*marked, min_tokens=1_024) < tokens + 100
+    # Tools are blocks, and so is what a message is made of.
+    tools = [prompt("s", [TOOLS[0], {"name": "now", "description": clock}]) for clock in ("10:15:01", "10:15:02")]
+    assert 0 < paid_again(*tools) < paid_again(*tools, min_tokens=40)
+    asked = [
+        [{"role": "user", "content": [block(KNOWLEDGE, None), block(f"{clock} {KNOWLEDGE}", None)]}, *TURNS]
+        for clock in ("10:15:01", "10:15:02")
+    ]
+    said = [prompt("s", messages=each) for each in asked]
+    assert whole < paid_again(*said, min_tokens=1_024) < whole + 100
 
 
 @pytest.mark.parametrize(("write", "nanousd"), [("", 2_700), ("5m", 3_450), ("1h", 5_700)])

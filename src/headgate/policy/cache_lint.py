@@ -81,6 +81,7 @@ TTL_S = {"": 300.0, "5m": 300.0, "1h": 3600.0}
 _Variant = tuple[str, int, int]
 """A beginning of a prompt: its model, tools and system."""
 _MARK = b'"cache_control"'
+_ORDER: tuple[Part, ...] = ("tools", "system", "messages")
 _NOT_JSON = (msgspec.MsgspecError, ValueError, IndexError, RecursionError)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -405,10 +406,12 @@ def lost_nanousd(tokens: int, price: Price, write: str = "") -> int:
 def tokens_paid_again(
     previous: PromptParts, current: PromptParts, finding: Finding, *, min_tokens: int = 0, tokens_per_byte: float = 0.0
 ) -> int:
-    """Tokens behind the byte of a finding that would have been read without it: an estimate.
+    """Tokens that would have been read without what was found: an estimate.
 
-    They are what both prompts share: the rest of the part, the parts behind it, and of the messages what the previous
-    prompt had, when it was the same conversation. 0 for a prompt that is shorter than the model's minimum, and for a
+    They are what both prompts share, from the last place before it where the cache has an entry: the end of a caller's
+    mark or, where the caller set none and so the planner does, the start of the block it stands in. A time at the end
+    of a prompt that is one string costs the whole prompt. Of the messages only what the previous prompt had counts,
+    when it was the same conversation. 0 for a prompt that is shorter than the model's minimum, and for a
     fault that lost nothing (a mark that the API refuses, or one that does nothing). `tokens_per_byte` is what Anthropic
     counted for prompts like these, 0.0: not known, an estimate by the kind of text.
     """
@@ -423,10 +426,44 @@ def tokens_paid_again(
         shared.append(previous.messages if len(previous.messages) < len(current.messages) else current.messages)
     if tokens(b"".join(shared)) < min_tokens:
         return 0
-    at = {"tools": 0, "system": 1, "messages": 2, "request": 0}[finding.part]
-    # What a look-back misses is what was written before it.
-    skip = 0 if finding.cause == "look_back" else finding.byte
-    return tokens(shared[at][skip:] + b"".join(shared[at + 1 :]))
+    at, skip = _entry(current, finding)
+    before = b"".join(shared[:at]) + shared[at][:skip]
+    whole = b"".join(shared)
+    # An entry that is shorter than the minimum is none.
+    return tokens(whole if tokens(before) < min_tokens else whole[len(before) :])
+
+
+def _entry(parts: PromptParts, finding: Finding) -> tuple[int, int]:
+    """Where the last entry of the cache before a finding ends: the number of its part and an offset in it."""
+    if finding.part == "request":
+        return 0, 0
+    at = _ORDER.index(finding.part)
+    if finding.cause == "look_back":
+        # What it misses is what was written before it.
+        return at, 0
+    try:
+        explicit = _marks(msgspec.structs.replace(parts, automatic=False))
+        if explicit:
+            ends = [(_ORDER.index(mark.part), mark.end) for mark in explicit]
+            return max([end for end in ends if end <= (at, finding.value_at)], default=(0, 0))
+        return at, _block_start(finding.part, _raw(parts, finding.part), finding.value_at)
+    except _NOT_JSON:
+        return at, 0
+
+
+def _block_start(part: Part, raw: bytes, at: int) -> int:
+    """The start of the block, tool or message that has byte `at`; `at` itself where none has it."""
+    if raw[:1] != b"[":
+        return 0
+    for item in elements(raw, Span(0, len(raw))):
+        if item.start <= at < item.end:
+            content = members(raw, item).get("content") if part == "messages" else None
+            if content is not None and raw[content.start : content.start + 1] == b"[":
+                for block in elements(raw, content):
+                    if block.start <= at < block.end:
+                        return block.start
+            return item.start
+    return at
 
 
 def tokens_of(raw: bytes) -> int:
@@ -464,8 +501,7 @@ def _raw(parts: PromptParts, part: Part) -> bytes:
 
 def _before(parts: PromptParts, part: Part, end: int) -> bytes:
     """The prompt from its start to byte `end` of a part."""
-    order: tuple[Part, ...] = ("tools", "system", "messages")
-    earlier = order[: order.index(part)]
+    earlier = _ORDER[: _ORDER.index(part)]
     return b"".join(_raw(parts, name) for name in earlier) + _raw(parts, part)[:end]
 
 
