@@ -77,9 +77,12 @@ def get_json(
 class Stage:
     """Starts programs, and stops them. `with Stage() as stage: …`"""
 
-    def __init__(self, logs: Path | None = None) -> None:
-        """`logs` is a folder for what the programs print; without one it is thrown away."""
+    def __init__(self, logs: Path | None = None, *, run: Sequence[str] = ("-m", "headgate")) -> None:
+        """`logs` is a folder for what the programs print; without one it is thrown away. `run` is what Python is told
+        to run them.
+        """
         self._directory = tempfile.TemporaryDirectory(prefix="headgate-load-")
+        self._run = tuple(run)
         self._logs = logs
         self._children: list[Child] = []
 
@@ -147,7 +150,7 @@ class Stage:
         log = Path(self._directory.name) / f"{name}-{len(self._children)}.log"
         with log.open("wb") as output:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "headgate", *arguments],
+                [sys.executable, *self._run, *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
