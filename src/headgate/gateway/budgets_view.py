@@ -67,13 +67,14 @@ def budgets_router(
     @router.get("/admin/budgets", dependencies=[Depends(reader)])
     async def budgets(
         user: Annotated[str, Query(description="a person by name, beside those who spent today")] = "",
+        tier: Annotated[str, Query(description="that person's, where they have not asked today")] = "",
     ) -> Response:
         """Caps of everybody, tiers, keys and people with what stands against them, today and this month (UTC).
 
         Keys and people: the 30 of each that spent most today.
         """
         in_force = rules()
-        accounts = await asyncio.to_thread(_accounts, engine, in_force, user, now_ns())
+        accounts = await asyncio.to_thread(_accounts, engine, in_force, user, tier, now_ns())
         uses = money.snapshot([account.id for account in accounts])
         if money.shared:
             await asyncio.sleep(FRESH_S)
@@ -117,7 +118,7 @@ def _lines(accounts: Sequence[Account], uses: Sequence[AccountUse], at_ns: int) 
     return lines
 
 
-def _accounts(engine: sa.Engine, rules: BudgetRules, user: str, at_ns: int) -> list[Account]:
+def _accounts(engine: sa.Engine, rules: BudgetRules, user: str, tier: str, at_ns: int) -> list[Account]:
     """Everybody, tiers, keys, people: those that have a cap."""
     found: dict[str, Account] = {}
 
@@ -126,8 +127,8 @@ def _accounts(engine: sa.Engine, rules: BudgetRules, user: str, at_ns: int) -> l
             if account.id.partition(":")[0] in kinds:
                 found.setdefault(account.id, account)
 
-    for tier in rules.tiers:
-        add(accounts_of(_NOBODY, "", tier, rules), EVERYBODY, "tier")
+    for name in rules.tiers:
+        add(accounts_of(_NOBODY, "", name, rules), EVERYBODY, "tier")
     with engine.connect() as connection:
         spent = _spent_today(connection, at_ns)
         for row in connection.execute(_keys_statement(at_ns, spent)):
@@ -140,13 +141,13 @@ def _accounts(engine: sa.Engine, rules: BudgetRules, user: str, at_ns: int) -> l
             add(accounts_of(key, row.owner, row.tier, rules), "key")
     name_of = tier_of(rules)
     people: dict[str, tuple[int, str]] = {}
-    for (_, name, tier), (nanousd, _) in spent.items():
+    for (_, name, theirs), (nanousd, _) in spent.items():
         before, _ = people.get(name, (0, ""))
-        people[name] = before + nanousd, name_of(tier)
+        people[name] = before + nanousd, name_of(theirs)
     most = sorted(people, key=lambda name: -people[name][0])[:PEOPLE_MAX]
     for name in [user, *most] if user else most:
-        _, tier = people.get(name, (0, name_of("")))
-        add(accounts_of(_NOBODY, name, tier, rules), "user")
+        _, theirs = people.get(name, (0, name_of(tier)))
+        add(accounts_of(_NOBODY, name, theirs, rules), "user")
     return list(found.values())
 
 

@@ -1,0 +1,233 @@
+"""Money end to end: what a budget lets through, what the simulator bills for it, and what stands in the books after."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from tests.system.callers import OPUS, SONNET, Desk, asking, together
+from tests.system.conftest import Simulator, Stack, until
+from tests.system.scripted import Reply, connect, fetch, gather, head_of, read_head, run
+
+from headgate.policy.pricing import upper_bound
+from headgate.policy.prompt_bound import prompt_tokens_max
+from headgate.policy.token_estimate import input_tokens
+from headgate.wire.catalog import packaged
+from headgate.wire.message import scan
+
+USD = 10**9
+CENT = USD // 100
+TIERS = {
+    "TIERS__PERSON__BUDGET_USD_DAY": "0.2",
+    "TIERS__CROWD__TOTAL_USD_DAY": "0.2",
+    "TIERS__MONTHLY__BUDGET_USD_MONTH": "0.2",
+    **{f"TIERS__{tier}__RPM": "100000" for tier in ("PERSON", "CROWD", "MONTHLY")},
+}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+REFUSED = re.compile(r"spend limit reached \((daily|monthly); resets \d{4}-\d\d-\d\d 00:00 UTC\): .+")
+
+
+@pytest.fixture(scope="module")
+def simulator(shared_stack: Stack) -> Simulator:
+    return shared_stack.simulator("--tier", "none", "--speed", "1", "--ttft-s", "0", "--otps", "100000")
+
+
+@pytest.fixture(scope="module")
+def desk(shared_stack: Stack, simulator: Simulator) -> Desk:
+    return Desk.of(shared_stack.gateway(simulator.url, **TIERS))
+
+
+def answers(tokens: int, *, model: str = SONNET, max_tokens: int = 1000, says: str = "", **more: Any) -> bytes:
+    """A message whose answer has so many tokens, at $15 a million."""
+    return asking(f"[[sim: tokens={tokens} {says}]]", model=model, max_tokens=max_tokens, **more)
+
+
+def billed(simulator: Simulator) -> int:
+    """Nano-dollars, over all."""
+    total: int = simulator.bill()["total"]["cost_nanousd"]
+    return total
+
+
+def budget(desk: Desk, account: str, window: str = "day", *, tier: str = "") -> dict[str, Any]:
+    """How one window of an account stands; `tier` of a person whose first call may not be in the ledger yet."""
+    user = account.removeprefix("user:") if account.startswith("user:") else ""
+    lines = desk.get(f"/admin/budgets?user={quote(user)}&tier={tier}")["budgets"]
+    return next(one for one in lines if (one["account"], one["window"]) == (account, window))
+
+
+def with_budget(desk: Desk, day_nanousd: int = USD, **more: Any) -> tuple[str, str]:
+    """A fresh key with a budget, and its account."""
+    (key,) = desk.keys({"name": "spender", "budget_day_nanousd": day_nanousd, **more})
+    return key, f"key:{key[3:11]}"
+
+
+def split(replies: list[Reply]) -> tuple[list[Reply], list[Reply]]:
+    """Those that were answered, and those that a budget refused, as it is to refuse."""
+    refused = [one for one in replies if one.status != 200]
+    for one in refused:
+        told = (one.status, one.error["type"], one.error["details"]["error_code"], one.headers["x-should-retry"])
+        assert told == (429, "billing_error", "budget_exceeded", "false")
+        assert REFUSED.fullmatch(one.error["message"])
+        assert 0 < int(one.headers["retry-after"]) <= 60
+        assert one.headers["x-headgate-attempts"] == "0"
+    return [one for one in replies if one.status == 200], refused
+
+
+def held_for(body: bytes) -> int:
+    """What is held for a message of text: 2 tokens for each estimated one and 1,000 more, all written to the 1h cache,
+    and `max_tokens`, each in the US."""
+    request = scan(body)
+    tokens = prompt_tokens_max(body, input_tokens(request))
+    return upper_bound(tokens, request.max_tokens, request.model, time.time_ns(), packaged())
+
+
+def spent_dry(desk: Desk, key: str, body: bytes, *, more: int = 200) -> int:
+    """Ask one after another until refused; how many were answered."""
+
+    async def main() -> int:
+        for number in range(more):
+            reply = await desk.ask("", body, key=key)
+            if reply.status != 200:
+                split([reply])
+                return number
+        raise AssertionError(f"{more} answers, and no end")
+
+    return run(main())
+
+
+def test_two_hundred_at_once_never_pass_a_dollar(desk: Desk, simulator: Simulator) -> None:
+    key, account = with_budget(desk)
+    before = billed(simulator)
+    answered, refused = split(run(together(*(desk.ask("", answers(1000), key=key) for _ in range(200)))))
+    assert len(answered) + len(refused) == 200
+    assert len(answered) >= 40, "a fortieth of a dollar is held for each, and the others do not wait"
+    later = spent_dry(desk, key, answers(1000))
+    bill = billed(simulator) - before
+    stands = budget(desk, account)
+    assert bill <= USD
+    assert (stands["spent_nanousd"], stands["reserved_nanousd"]) == (bill, 0)
+    assert stands["left_nanousd"] == USD - bill <= held_for(answers(1000)), f"{len(answered)} at once, {later} after"
+
+
+def test_people_who_leave_a_hundred_streams_use_up_their_budget(desk: Desk, simulator: Simulator) -> None:
+    cap = 30 * CENT
+    key, account = with_budget(desk, cap)
+    body = asking("[[sim: tokens=1000 otps=200]] " + "nghe rồi đi " * 300, model=OPUS, stream=True)
+    before = billed(simulator)
+
+    async def leave() -> int:
+        reader, writer = await connect(desk.gateway.url)
+        writer.write(head_of(desk.gateway.url, key, len(body)) + body)
+        status, _ = await read_head(reader)
+        if status == 200:
+            await reader.readuntil(b"content_block_delta")
+        writer.transport.abort()
+        return status
+
+    statuses = run(gather((leave() for _ in range(100)), at_once=1))
+    assert 10 < statuses.count(200) < 100
+    assert set(statuses) == {200, 429}
+    stands = until(lambda: settled(desk, account), what="all to be settled")
+    assert cap - held_for(body) < stands["spent_nanousd"] <= cap
+    assert billed(simulator) - before <= cap
+
+
+def settled(desk: Desk, account: str) -> dict[str, Any] | None:
+    """How an account stands, once nothing is held."""
+    stands = budget(desk, account)
+    return stands if stands["reserved_nanousd"] == 0 else None
+
+
+def test_a_person_with_ten_keys_is_one_person(desk: Desk, simulator: Simulator) -> None:
+    keys = desk.keys(*({"name": f"k{at}", "owner": "mười-khóa", "tier": "person"} for at in range(10)))
+    before = billed(simulator)
+    replies = run(together(*(desk.ask("", answers(1000), key=keys[at % 10]) for at in range(40))))
+    answered, refused = split(replies)
+    assert answered
+    assert all("your budget of $0.20 a day" in one.error["message"] for one in refused)
+    stands = budget(desk, "user:mười-khóa", tier="person")
+    assert stands["cap_nanousd"] == 20 * CENT
+    assert stands["spent_nanousd"] == billed(simulator) - before <= 20 * CENT
+
+
+def test_an_app_pays_for_each_of_its_people_from_their_own_budget(desk: Desk) -> None:
+    people = [f"khách-{at}" for at in range(5)]
+    replies = run(together(*(desk.ask(user, answers(1000), tier="person") for user in people for _ in range(15))))
+    answered, refused = split(replies)
+    assert len(refused) > 5
+    for user in people:
+        assert 5 * CENT < budget(desk, f"user:{user}", tier="person")["spent_nanousd"] <= 20 * CENT
+    assert len(answered) * 1.5 > 5 * 8
+
+
+def test_all_of_a_tier_have_a_budget_together(desk: Desk, simulator: Simulator) -> None:
+    before = billed(simulator)
+    replies = run(together(*(desk.ask(f"đám-{at}", answers(1000), tier="crowd") for at in range(40))))
+    _, refused = split(replies)
+    assert "the budget of the tier 'crowd' together of $0.20 a day" in refused[0].error["message"]
+    assert budget(desk, "tier:crowd")["spent_nanousd"] == billed(simulator) - before <= 20 * CENT
+    assert run(desk.ask("đám-1", answers(1000), tier="person")).status == 200, "of another tier"
+
+
+def test_a_month_has_a_budget_of_its_own(desk: Desk) -> None:
+    _, refused = split(run(together(*(desk.ask("tháng", answers(1000), tier="monthly") for _ in range(20)))))
+    assert re.search(r"\(monthly; resets \d{4}-\d\d-01 00:00 UTC\)", refused[0].error["message"])
+    assert budget(desk, "user:tháng", "month", tier="monthly")["spent_nanousd"] <= 20 * CENT
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        answers(50, max_tokens=10**15),
+        answers(50, max_tokens=-5),
+        asking("Xin chào").replace(b'"max_tokens": 100, ', b""),
+        answers(50, model="claude-of-tomorrow"),
+        answers(50, model=OPUS, speed="fast"),
+    ],
+    ids=["huge", "negative", "missing", "unknown model", "fast where it is not sold"],
+)
+def test_what_anthropic_refuses_costs_nothing_and_is_refused_by_anthropic(desk: Desk, body: bytes) -> None:
+    key, account = with_budget(desk, 100 * USD)
+    reply = run(desk.ask("", body, key=key))
+    assert reply.status in (400, 404)
+    assert reply.error["type"] in ("invalid_request_error", "not_found_error")
+    stands = budget(desk, account)
+    assert (stands["spent_nanousd"], stands["reserved_nanousd"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("whose", "more"),
+    [
+        ("us", {"model": OPUS, "inference_geo": "us"}),
+        ("fast", {"model": "claude-opus-4-8", "speed": "fast"}),
+        (
+            "1h",
+            {"system": [{"type": "text", "text": "Luật " * 2000, "cache_control": {"type": "ephemeral", "ttl": "1h"}}]},
+        ),
+        ("searches", {"tools": [{"type": "web_search_20250305", "name": "web_search"}], "says": "searches=8"}),
+        ("image", {"model": OPUS}),
+    ],
+)
+def test_what_makes_a_call_dear_is_held_before_it_is_sent(
+    desk: Desk, simulator: Simulator, whose: str, more: dict[str, Any]
+) -> None:
+    body = answers(200, max_tokens=200, **more)
+    if whose == "image":
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}}
+        fields = json.loads(body)
+        fields["messages"][0]["content"] = [image, {"type": "text", "text": "[[sim: tokens=200]]"}]
+        body = json.dumps(fields).encode()
+    headers = [("anthropic-beta", "fast-mode-2026-02-01")] if whose == "fast" else []
+    before = billed(simulator)
+    rich, _ = with_budget(desk, 100 * USD)
+    reply = run(fetch(desk.gateway.url, rich, body, headers=headers))
+    assert reply.status == 200, reply.body
+    cost = billed(simulator) - before
+    poor, account = with_budget(desk, cost - 1)
+    _, refused = split([run(fetch(desk.gateway.url, poor, body, headers=headers))])
+    assert refused, "one nano-dollar is missing"
+    assert budget(desk, account)["spent_nanousd"] == 0
