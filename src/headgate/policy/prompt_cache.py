@@ -35,7 +35,7 @@ from headgate.policy.forecast import prefixes as caller_prefixes
 from headgate.policy.prompt_families import Families, Family, FamilyView, Prefix, Scope, sign
 from headgate.policy.records import Record
 from headgate.wire.catalog import DAY_NS, Catalog, Model, Price
-from headgate.wire.message import MessageRequest, Span, Splice, splice
+from headgate.wire.message import MessageRequest, Splice, splice
 from headgate.wire.prompt import (
     NO_PART,
     Part,
@@ -190,6 +190,7 @@ class PromptCache:
         "_families",
         "_first",
         "_floors",
+        "_last_static",
         "_live",
         "_price_rates",
         "_setting",
@@ -207,6 +208,8 @@ class PromptCache:
         self._first = _Parts(read_block, PART_BYTES_MAX // 4)
         self._price_rates: dict[str, tuple[int, _Rates]] = {}
         self._statics: OrderedDict[bytes, _Static] = OrderedDict()
+        self._last_static: tuple[Part, Part, _Static] | None = None
+        """What was looked up last: most requests of a process have the prompt of the one before."""
         self._live: OrderedDict[bytes, float] = OrderedDict()
         self._floors: dict[str, int] = {}
 
@@ -240,10 +243,10 @@ class PromptCache:
         scope = self._families.scope(key_id, endpoint)
         family = self._family(scope, model_id, static)
         marked_by_caller = tools.has_marks or system.has_marks or marked_elsewhere
-        spoken = has_assistant(messages)
+        spoken = turn_from != b"" or has_assistant(messages)
         if marked_by_caller or known_model is None:
             if not warming:
-                self._learn(scope, family, model_id, static, now)
+                _learn(scope, family, static, self._touch(scope, family, model_id, static), now)
                 self._families.turn(scope, turn_from, turn_to, now)
             return self._callers(
                 request, static, scope, family, known_model, model_id, digest, now, has_marks=marked_by_caller
@@ -331,6 +334,9 @@ class PromptCache:
     # ------------------------------------------------------------------ reading
 
     def _static_of(self, tools: Part, system: Part) -> _Static:
+        known = self._last_static
+        if known is not None and known[0] is tools and known[1] is system:
+            return known[2]
         key = tools.digest + b"/" + system.digest
         static = self._statics.get(key)
         if static is None:
@@ -338,6 +344,7 @@ class PromptCache:
             _remember(self._statics, key, static, STATICS_MAX)
         else:
             self._statics.move_to_end(key)
+        self._last_static = (tools, system, static)
         return static
 
     def _family(self, scope: Scope, model: str, static: _Static) -> Family:
@@ -377,20 +384,10 @@ class PromptCache:
 
     # ------------------------------------------------------------------ deciding
 
-    def _learn(
-        self, scope: Scope, family: Family, model: str, static: _Static, now: float
-    ) -> list[tuple[Prefix, bool]]:
-        """Counts a use of each prefix; each with whether it was new."""
-        found: list[tuple[Prefix, bool]] = []
-        for boundary in static.boundaries:
-            known = self._families.touch(scope, model, boundary.digest, family)
-            found.append((known, known.last == -inf))
-            if len(found) > 1:
-                found[-2][0].followed_by(boundary.digest)
-        for (known, _), boundary in zip(found, static.boundaries, strict=True):
-            gap_s = known.used(now)
-            scope.learn(family, boundary.depth, gap_s)
-        return found
+    def _touch(self, scope: Scope, family: Family, model: str, static: _Static) -> list[Prefix]:
+        """What is known of each prefix."""
+        touch = self._families.touch
+        return [touch(scope, model, boundary.digest, family) for boundary in static.boundaries]
 
     def _choose(
         self,
@@ -407,41 +404,39 @@ class PromptCache:
         learn: bool,
     ) -> tuple[list[_Choice], list[str]]:
         """Static marks in the order of the prompt, those that matter least first, and why."""
-        # What is expected of a prefix that is new comes from before it was counted.
-        expected = [
-            0.0
-            if (known := self._families.prefix(scope, model.id, boundary.digest)) is not None and known.last > -inf
-            else scope.expected_reads(family, boundary.depth, ttl)
-            for boundary in static.boundaries
-        ]
-        if learn:
-            found = self._learn(scope, family, model.id, static, now)
-        else:
-            known_all = [self._families.touch(scope, model.id, each.digest, family) for each in static.boundaries]
-            found = [(known, known.last == -inf) for known in known_all]
+        boundaries = static.boundaries
+        found = self._touch(scope, family, model.id, static)
         fits = [
             each.mark_at >= 0 and not (bound and each.is_string) and self._reaches(family, model, known, each)
-            for each, (known, _) in zip(static.boundaries, found, strict=True)
+            for each, known in zip(boundaries, found, strict=True)
         ]
+        # What is expected of a prefix that is new comes from before it was counted.
+        expected = {
+            at: scope.expected_reads(family, boundaries[at].depth, ttl)
+            for at, known in enumerate(found)
+            if known.last == -inf
+        }
+        if learn:
+            _learn(scope, family, static, found, now)
         why: list[str] = []
         chosen = -1
         for at in range(len(found) - 1, -1, -1):
-            known, new = found[at]
-            reads = expected[at] if new else known.uses.reads_per_write(ttl)
-            if fits[at] and rates.pays(reads, ttl):
+            if not fits[at]:
+                continue
+            new = at in expected
+            if rates.pays(expected[at] if new else found[at].uses.reads_per_write(ttl), ttl):
                 chosen = at
-                where = "tools" if static.boundaries[at].in_tools else "system"
+                where = "tools" if boundaries[at].in_tools else "system"
                 why.append(f"cache:{where}:{ttl}:{'expected' if new else 'seen'}")
                 break
         if chosen < 0:
-            why.append("cache:none:varies" if any(fits) else "cache:none:short" if found else "cache:none:no_static")
+            why.append("cache:none:varies" if True in fits else "cache:none:short" if found else "cache:none:no_static")
         if learn and found:
-            longest, _ = found[chosen]
-            family.seen(longest.last_gap_s, now)
+            family.seen(found[chosen].last_gap_s, now)
         choices = []
         if chosen >= 0:
-            extra = self._shorter(static, found, fits, chosen)
-            choices = [self._choice(model, static.boundaries[at], found[at][0]) for at in (*extra, chosen)]
+            extra = self._shorter(static, found, fits, chosen, is_new=chosen in expected) if chosen else ()
+            choices = [self._choice(model, boundaries[at], found[at]) for at in (*extra, chosen)]
         document = self._document(scope, family, model, static, messages, rates, now, learn=learn)
         if document is not None:
             choices.append(document)
@@ -449,23 +444,19 @@ class PromptCache:
         # Whoever cuts the list to its slots takes from the front: tools first, then shorter prefixes.
         return choices, why
 
-    def _shorter(self, static: _Static, found: list[tuple[Prefix, bool]], fits: list[bool], chosen: int) -> list[int]:
+    def _shorter(
+        self, static: _Static, found: list[Prefix], fits: list[bool], chosen: int, *, is_new: bool
+    ) -> list[int]:
         """At most one shorter prefix of system, and that of tools, where different things follow them. Of a prefix
         that is all new, the one before its last block: that may be what the others share."""
         system = -1
         for at in range(chosen - 1, -1, -1):
-            if fits[at] and not static.boundaries[at].in_tools and found[at][0].varied:
+            if fits[at] and not static.boundaries[at].in_tools and found[at].varied:
                 system = at
                 break
-        if (
-            system < 0
-            and chosen
-            and found[chosen][1]
-            and fits[chosen - 1]
-            and not static.boundaries[chosen - 1].in_tools
-        ):
+        if system < 0 and chosen and is_new and fits[chosen - 1] and not static.boundaries[chosen - 1].in_tools:
             system = chosen - 1
-        tools = [at for at in range(chosen) if static.boundaries[at].in_tools and fits[at] and found[at][0].varied]
+        tools = [at for at in range(chosen) if static.boundaries[at].in_tools and fits[at] and found[at].varied]
         return [*tools[-1:], *([system] if system >= 0 else [])]
 
     def _document(
@@ -538,15 +529,15 @@ class PromptCache:
     def _reaches(self, family: Family, model: Model, known: Prefix, what: _Boundary) -> bool:
         if known.barren:
             return False
-        if known.tokens:
-            return known.tokens >= self._minimum(model)
-        return self._corrected(family, model, what) * TOKENS_SHARE >= self._minimum(model)
+        tokens = known.tokens or self._corrected(family, model, what) * TOKENS_SHARE
+        return tokens >= self._minimum(model)
 
     def _minimum(self, model: Model) -> int:
-        return max(model.cache_min_tokens, self._floors.get(model.id, 0))
+        return max(model.cache_min_tokens, self._floors.get(model.id, 0)) if self._floors else model.cache_min_tokens
 
     def _corrected(self, family: Family, model: Model, what: _Boundary | _Static) -> float:
-        return _tokens(what, model.tokenizer) * family.token_ratios.get(model.tokenizer, 1.0)
+        tokens = what.tokens_old if model.tokenizer == "pre-4.7" else what.tokens_new
+        return tokens * family.token_ratios.get(model.tokenizer, 1.0)
 
     def _choice(self, model: Model, boundary: _Boundary, known: Prefix) -> _Choice:
         return _Choice(boundary, known, False, _tokens(boundary, model.tokenizer))
@@ -691,18 +682,22 @@ class _Parts:
     length and three samples, and then compared whole with the few that share them.
     """
 
-    __slots__ = ("_by_sample", "_bytes", "_bytes_max", "_read")
+    __slots__ = ("_by_sample", "_bytes", "_bytes_max", "_last", "_read")
 
     def __init__(self, read: Callable[[bytes], Part], bytes_max: int) -> None:
         self._read = read
         self._bytes_max = bytes_max
         self._bytes = 0
+        self._last = NO_PART
+        """The part that was asked for last, which is remembered and longest from being forgotten."""
         self._by_sample: OrderedDict[tuple[int, bytes, bytes, bytes], list[Part]] = OrderedDict()
 
     def of(self, raw: bytes | None) -> Part:
         """The field, read."""
         if raw is None:
             return NO_PART
+        if raw == self._last.raw:
+            return self._last
         size = len(raw)
         sample = (size, raw[:_SAMPLE_BYTES], raw[-_SAMPLE_BYTES:], raw[size // 2 : size // 2 + _SAMPLE_BYTES])
         same = self._by_sample.get(sample)
@@ -710,6 +705,7 @@ class _Parts:
             self._by_sample.move_to_end(sample)
             for part in same:
                 if part.raw == raw:
+                    self._last = part
                     return part
         part = self._read(raw)
         # A block and its place take some 400 bytes, more than the text of a small one.
@@ -724,6 +720,7 @@ class _Parts:
         while self._bytes > self._bytes_max:
             _, gone = self._by_sample.popitem(last=False)
             self._bytes -= sum(map(_weight, gone))
+        self._last = part
         return part
 
 
@@ -792,34 +789,34 @@ def _digests(
     """
     body, fields = request.body, request.fields
     before_at, end_at = last_turn(messages)
-    rolling = sha256(static.digest)
-    rolling.update(messages[:before_at])
-    before = rolling.digest()[:16] if before_at else b""
-    rolling.update(messages[before_at:end_at])
+    if before_at:
+        rolling = sha256(static.digest + messages[:before_at])
+        before = rolling.digest()[:16]
+        rolling.update(messages[before_at:end_at])
+    else:
+        rolling, before = sha256(static.digest + messages[:end_at]), b""
     after = rolling.digest()[:16]
-    known: list[tuple[Span, bytes]] = [
-        (fields[name], digest)
-        for name, digest in (("tools", tools.digest), ("system", system.digest), ("messages", after))
-        if name in fields
-    ]
-    known.sort(key=_start)
-    whole = sha256()
+    read = {"tools": tools.digest, "system": system.digest, "messages": after}
+    pieces: list[bytes] = []
     at = 0
-    has = has_marks(messages)
-    for span, digest in known:
-        between = body[at : span.start]
-        whole.update(between)
-        whole.update(digest)
-        has = has or has_marks(between)
-        at = span.end
-    rest = body[at:]
-    whole.update(rest)
-    whole.update(messages[end_at:])
-    return whole.hexdigest()[:32], before, after, has or has_marks(rest)
+    for name, span in fields.items():
+        if name in read:
+            pieces += (body[at : span.start], read[name])
+            at = span.end
+    pieces += (body[at:], messages[end_at:])
+    # A mark does not begin in one piece and end in the next: what is cut out are whole values.
+    outside = b"".join(pieces)
+    return sha256(outside).hexdigest()[:32], before, after, has_marks(outside) or has_marks(messages)
 
 
-def _start(part: tuple[Span, bytes]) -> int:
-    return part[0].start
+def _learn(scope: Scope, family: Family, static: _Static, found: list[Prefix], now: float) -> None:
+    """Counts a use of each prefix."""
+    before: Prefix | None = None
+    for known, boundary in zip(found, static.boundaries, strict=True):
+        if before is not None:
+            before.followed_by(boundary.digest)
+        scope.learn(family, boundary.depth, known.used(now))
+        before = known
 
 
 def _live_key(request: MessageRequest, model: str, digest: bytes) -> bytes:

@@ -37,6 +37,7 @@ _SAME_SHARE = 0.5
 _NAMED_BY = 4
 _PRIOR_READS: dict[Ttl, float] = {"5m": 1.0, "1h": 2.0}
 _COUNT_MAX = 64.0
+_TTL_5M_S, _TTL_1H_S = TTL_S["5m"], TTL_S["1h"]
 _FAMILY_BYTES = 8
 _PHRASE_ENDS = bytes.maketrans(b'.,;:!?{}[]"()-_/=0123456789', b"\n" * 27)
 """Digits among them: times, counters and ids then leave nothing behind that is long enough to be a phrase."""
@@ -61,9 +62,9 @@ class Uses:
 
     def add(self, gap_s: float) -> None:
         """One more use, so long after the last; infinite for the first."""
-        if gap_s <= TTL_S["5m"]:
+        if gap_s <= _TTL_5M_S:
             self.within_5m += 1.0
-        elif gap_s <= TTL_S["1h"]:
+        elif gap_s <= _TTL_1H_S:
             self.within_1h += 1.0
         else:
             self.later += 1.0
@@ -278,7 +279,7 @@ class Families:
         continues = bool(before)
         if continues:
             known = self._tails.pop(before, None)
-            if known is not None and now - known[0] <= TTL_S["5m"]:
+            if known is not None and now - known[0] <= _TTL_5M_S:
                 (scope.turns if known[1] else scope.first_turns).went_on += 1.0
         (scope.turns if continues else scope.first_turns).add()
         self._tails[after] = (now, continues)

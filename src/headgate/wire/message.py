@@ -70,6 +70,7 @@ class MessageRequest:
     __slots__ = ("_raws", "_spans", "body", "chars")
 
     def __init__(self, body: bytes, raws: dict[str, msgspec.Raw], spans: dict[str, Span] | None, chars: int) -> None:
+        """`spans` None: the body is compact, without whitespace between values, escapes in keys or a key twice."""
         self._raws = raws
         self._spans = spans
         self.body = body
@@ -80,7 +81,7 @@ class MessageRequest:
     def fields(self) -> dict[str, Span]:
         """Every top-level key with the span of its value, in the order of the body."""
         if self._spans is None:
-            self._spans = _walk_members(self.body, self._raws, self.body.index(b"{"))
+            self._spans = _compact_members(self._raws)
         return self._spans
 
     def raw(self, name: str) -> bytes | None:
@@ -268,6 +269,18 @@ def _walk_members(body: bytes, raws: dict[str, msgspec.Raw], start: int) -> dict
         if body[at] != (_COMMA if number < last else _CLOSE_OBJECT):
             raise _duplicate(key)
         at += 1
+    return fields
+
+
+def _compact_members(raws: dict[str, msgspec.Raw]) -> dict[str, Span]:
+    """Where the values lie in a body of which `scan` found that it is as long as what was decoded."""
+    fields = {}
+    at = 1
+    for key, raw in raws.items():
+        at += len(key) + 3
+        end = at + len(raw)
+        fields[key] = Span(at, end)
+        at = end + 1
     return fields
 
 
