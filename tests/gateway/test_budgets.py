@@ -152,3 +152,7 @@ def test_the_ledger_is_read_at_once_then_every_ten_minutes_and_sooner_when_somet
     assert times.due(730.0, uncertain=False)
     times.soon()
     assert times.due(731.0, uncertain=False)
+    assert not times.due(760.0, uncertain=False)
+    assert times.due(761.0, uncertain=False), "once more, for what was under way"
+    assert not times.due(1_360.0, uncertain=False)
+    assert times.due(1_361.0, uncertain=False)

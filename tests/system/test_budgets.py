@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from tests.system.callers import OPUS, SONNET, Desk, asking, together
 from tests.system.conftest import Simulator, Stack, until
-from tests.system.scripted import Reply, connect, fetch, gather, head_of, read_head, run
+from tests.system.scripted import (
+    STREAMED,
+    WHOLE_MESSAGE,
+    Act,
+    Play,
+    Reply,
+    ScriptedUpstream,
+    body_of,
+    chunked_head,
+    chunks,
+    connect,
+    fetch,
+    gather,
+    head_of,
+    read_head,
+    run,
+)
 
 from headgate.policy.pricing import upper_bound
 from headgate.policy.prompt_bound import prompt_tokens_max
@@ -231,3 +249,190 @@ def test_what_makes_a_call_dear_is_held_before_it_is_sent(
     _, refused = split([run(fetch(desk.gateway.url, poor, body, headers=headers))])
     assert refused, "one nano-dollar is missing"
     assert budget(desk, account)["spent_nanousd"] == 0
+
+
+# What the bound does not know
+
+
+def scripted_stream(input_tokens: int, *, deltas: int, text: str, every_s: float) -> Play:
+    """A stream that says what its prompt had, and then so many pieces of text."""
+    start = {"type": "message_start", "message": json.loads(WHOLE_MESSAGE) | {"content": [], "stop_reason": None}}
+    start["message"]["usage"] = {"input_tokens": input_tokens, "output_tokens": 1}
+    block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
+    play: list[bytes | float | Act] = [chunked_head(), chunks(event_of(start), event_of(block))]
+    for _ in range(deltas):
+        play += [chunks(event_of(delta)), every_s]
+    return (*play, Act.HANG)
+
+
+def event_of(data: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (data["type"].encode(), json.dumps(data).encode())
+
+
+@pytest.fixture(scope="module")
+def scripted(shared_stack: Stack) -> Iterator[ScriptedUpstream]:
+    upstream = ScriptedUpstream()
+    yield upstream
+    upstream.close()
+
+
+@pytest.fixture(scope="module")
+def strict(shared_stack: Stack, scripted: ScriptedUpstream) -> Desk:
+    """In front of an upstream that answers as it is told: one failure opens a breaker, a budget lowers max_tokens."""
+    return Desk.of(
+        shared_stack.gateway(
+            scripted.url,
+            BREAKER__FAILURES="1",
+            BUDGETS__CLAMP="true",
+            BUDGETS__USD_DAY="1",
+            UPSTREAM__HOLD_S="0.2",
+            TIERS__PAID__RPM="100000",
+        )
+    )
+
+
+def breakers(desk: Desk) -> list[str]:
+    return [one["state"] for one in desk.get("/admin/limits")["breakers"]]
+
+
+def cut_error(reply: Reply) -> dict[str, Any]:
+    error = reply.error
+    assert (error["type"], error["details"]["error_code"]) == ("billing_error", "budget_exceeded")
+    assert "this key's budget is used up" in error["message"]
+    return error
+
+
+def test_a_stream_that_says_more_than_was_asked_for_is_cut_at_the_budget(
+    strict: Desk, scripted: ScriptedUpstream
+) -> None:
+    name = scripted.plan(scripted_stream(20, deltas=60, text="dài dòng " * 400, every_s=0.1), STREAMED)
+    key, account = with_budget(strict, 2 * CENT, tier="paid")
+    reply = run(fetch(strict.gateway.url, key, body_of(name)))
+    assert (reply.status, reply.whole) == (200, True)
+    assert reply.sends(b"message_start") == 1
+    assert reply.sends(b"message_stop") == 0
+    cut_error(reply)
+    assert 1.5 < reply.elapsed_s < 4.5, "metered every two seconds"
+    (seen,) = scripted.attempts(name)
+    until(lambda: seen.closed_at, what="the upstream to be closed")
+    line = strict.log_line(reply)
+    assert (line["outcome"], line["error_code"], line["estimated"]) == ("cut", "budget_exceeded", True)
+    assert set(breakers(strict)) <= {"closed"}
+    stands = budget(strict, account)
+    assert (stands["spent_nanousd"], stands["reserved_nanousd"]) == (line["cost_nanousd"], 0)
+    split([run(fetch(strict.gateway.url, key, body_of(name)))])
+
+
+def test_a_prompt_larger_than_its_bound_is_cut_before_it_is_answered(strict: Desk, scripted: ScriptedUpstream) -> None:
+    name = scripted.plan(scripted_stream(100_000, deltas=60, text="a", every_s=0.1))
+    key, _ = with_budget(strict, 2 * CENT, tier="paid")
+    reply = run(fetch(strict.gateway.url, key, body_of(name)))
+    assert (reply.status, reply.headers["x-should-retry"]) == (429, "false")
+    cut_error(reply)
+    assert reply.elapsed_s < 1
+    assert len(scripted.attempts(name)) == 1
+    line = strict.log_line(reply)
+    assert (line["outcome"], line["error_code"]) == ("failed", "budget_exceeded")
+    assert line["cost_nanousd"] == 100_000 * 3_000 + 15_000, "what Anthropic said it read is paid"
+    assert set(breakers(strict)) <= {"closed"}
+
+
+def test_max_tokens_is_lowered_to_what_is_left_where_that_is_wanted(strict: Desk, scripted: ScriptedUpstream) -> None:
+    name = scripted.plan(STREAMED)
+    key, account = with_budget(strict, 5 * CENT, tier="paid")
+    reply = run(fetch(strict.gateway.url, key, body_of(name, max_tokens=100_000)))
+    assert reply.status == 200
+    (seen,) = scripted.attempts(name)
+    lowered = json.loads(seen.body)["max_tokens"]
+    assert 2_000 < lowered < 3_000, "$0.05 less the prompt's bound, at $16.50 a million"
+    assert seen.body == body_of(name, max_tokens=lowered), "nothing else is touched"
+    assert budget(strict, account)["reserved_nanousd"] == 0
+
+
+def test_who_does_not_pay_can_use_four_fifths_of_everybodys_budget(strict: Desk) -> None:
+    lines = {one["account"]: one for one in strict.get("/admin/budgets")["budgets"]}
+    assert (lines["all"]["cap_nanousd"], lines["tier:free"]["cap_nanousd"]) == (USD, 80 * CENT)
+    assert "tier:paid" not in lines
+
+
+# What outlives a process
+
+
+FILE = """
+[tiers.free]
+rpm = 100000
+[budgets]
+usd_day = 0.5
+[velocity]
+enabled = false
+[cache]
+plan = false
+"""
+
+
+def test_a_budget_outlives_a_restart_and_a_process_that_was_killed(stack: Stack, simulator: Simulator) -> None:
+    config = stack.directory / "headgate.toml"
+    config.write_text(FILE)
+    desk = Desk.of(stack.gateway(simulator.url, CONFIG=str(config)))
+    data_dir = desk.gateway.data_dir
+    key, account = with_budget(desk, 40 * CENT)
+    assert run(desk.ask("", answers(1000), key=key)).status == 200
+    before = budget(desk, account)["spent_nanousd"]
+    desk.gateway.process.stop()
+
+    again = Desk(stack.gateway(simulator.url, CONFIG=str(config), data_dir=data_dir), desk.key)
+    assert budget(again, account)["spent_nanousd"] == before > CENT
+    slow = answers(1000, says="otps=100", stream=True)
+
+    async def die() -> None:
+        writers = []
+        for _ in range(4):
+            reader, writer = await connect(again.gateway.url)
+            writer.write(head_of(again.gateway.url, key, len(slow)) + slow)
+            await read_head(reader)
+            await reader.readuntil(b"content_block_delta")
+            writers.append(writer)
+        again.gateway.process.popen.send_signal(signal.SIGKILL)
+        again.gateway.process.popen.wait()
+        for writer in writers:
+            writer.transport.abort()
+
+    run(die())
+    third = Desk(stack.gateway(simulator.url, CONFIG=str(config), data_dir=data_dir), desk.key)
+    started_at = time.monotonic()
+    stands = budget(third, account)
+    assert stands["reserved_nanousd"] == 0
+    assert stands["spent_nanousd"] > before, "what was under way is counted from the first moment on"
+    ledger = until(lambda: of_key(third, account, 5), what="the orphans to be ended")
+    until(lambda: budget(third, account)["spent_nanousd"] == ledger, within_s=60, what="the count to be the ledger's")
+    assert time.monotonic() - started_at < 60
+
+
+def test_a_cap_that_is_new_counts_what_was_spent_before_it(stack: Stack, simulator: Simulator) -> None:
+    config = stack.directory / "headgate.toml"
+    config.write_text(FILE)
+    desk = Desk.of(stack.gateway(simulator.url, CONFIG=str(config)))
+    split(run(together(*(desk.ask("mới", answers(1000), tier="free") for _ in range(6)))))
+    config.write_text(FILE.replace("rpm", "budget_usd_day = 0.1\nrpm") + "[tiers.gold]\nbudget_usd_day = 0.05\n")
+    desk.gateway.process.popen.send_signal(signal.SIGHUP)
+    until(lambda: desk.gateway.process.lines(event="reloaded"), what="the settings to be read")
+    stands = until(lambda: spent(desk, "user:mới"), within_s=5, what="the ledger to be read")
+    assert stands["cap_nanousd"] == 10 * CENT
+    assert stands["spent_nanousd"] > 8 * CENT
+    _, refused = split(run(together(desk.ask("mới", answers(1000)))))
+    assert refused
+
+
+def spent(desk: Desk, account: str) -> dict[str, Any] | None:
+    """How an account stands, once something is counted."""
+    stands = budget(desk, account)
+    return stands if stands["spent_nanousd"] else None
+
+
+def of_key(desk: Desk, account: str, count: int) -> int | None:
+    """What the ledger has for a key, once so many calls have ended."""
+    calls = [one for one in desk.get("/admin/calls")["calls"] if f"key:{one['key_id']}" == account]
+    if len(calls) < count or any(one["state"] == "open" for one in calls):
+        return None
+    return sum(one["cost_nanousd"] for one in calls)

@@ -20,7 +20,7 @@ import uvicorn
 from prometheus_client.registry import CollectorRegistry
 
 from headgate.gateway.answer_reuse import AnswerReuse
-from headgate.gateway.budgets import EVERYBODY, SeedTimes, spend_alert, tier_of
+from headgate.gateway.budgets import EVERYBODY, BudgetRules, SeedTimes, spend_alert, tier_of
 from headgate.gateway.endpoints import HOP_HEADER, Endpoints
 from headgate.gateway.guards import AlertSink, SpendGuard, velocity_policy
 from headgate.gateway.keep_warm import WarmKeeper, spent_on_warming
@@ -135,6 +135,8 @@ class Gateway:
         self._draining = False
         self._stopped = False
         self._new_call_id = CallIds(self._worker.index, now_ns=time.time_ns)
+        self._budget_rules = BudgetRules()
+        self._seed_times = SeedTimes()
         self.port = 0
         self.operator_port = 0
 
@@ -264,7 +266,8 @@ class Gateway:
         limits: Limits,
     ) -> Money:
         """The budgets, counted here or where the limits are."""
-        read = ledger_reader(engine, ledger, catalog, tier_of(in_force.budgets))
+        self._budget_rules = in_force.budgets
+        read = ledger_reader(engine, ledger, catalog, lambda name: tier_of(self._budget_rules)(name))
         if not self._settings.redis_url:
             return LocalMoney(Budgets(), clock=time.monotonic, now_ns=time.time_ns, read=read)
         money = RedisMoney(
@@ -308,7 +311,7 @@ class Gateway:
 
     async def _watch_budgets(self, pipeline: Pipeline, alerts: AlertSink) -> None:
         """Compare the count with the ledger now and then, and tell when everybody's day passes the alert line."""
-        money, line, times = pipeline.purses.money, AlertLine(), SeedTimes()
+        money, line, times = pipeline.purses.money, AlertLine(), self._seed_times
         times.due(time.monotonic(), uncertain=False)  # the start has read it
         while not self._stopped:
             await asyncio.sleep(BUDGETS_EVERY_S)
@@ -361,6 +364,8 @@ class Gateway:
             log.error("reload_refused", reason=str(error), mend="correct the settings and send SIGHUP again")
             return
         pipeline.policies = policies(self._settings, catalog)
+        self._budget_rules = pipeline.policies.budgets
+        self._seed_times.soon()  # of who had no cap until now only the ledger knows what they spent
         pipeline.traffic.apply(pipeline.policies)
         pipeline.caching.apply(self._settings.cache)
         warming.apply(self._settings.cache)

@@ -182,18 +182,21 @@ class SeedTimes:
     def __init__(self) -> None:
         self._read_at = 0.0
         self._has_read = False
+        self._again = False
 
     def due(self, now: float, *, uncertain: bool) -> bool:
         """Whether it is time, which then counts as done: every ten minutes, and 30 s after the last when uncertain."""
-        wait_s = SEED_SOON_S if uncertain else SEED_EVERY_S
+        wait_s = SEED_SOON_S if uncertain or self._again else SEED_EVERY_S
         if self._has_read and now - self._read_at < wait_s:
             return False
+        self._again = self._again and not self._has_read
         self._read_at, self._has_read = now, True
         return True
 
     def soon(self) -> None:
-        """A cap is new, or the ledger was corrected: at the next look."""
-        self._has_read = False
+        """A cap is new, or the ledger was corrected: at the next look, and once more after 30 s, since what was under
+        way when a cap came holds nothing of it."""
+        self._has_read, self._again = False, True
 
 
 def _total(name: str, total: Caps, everybody: Caps) -> Caps:

@@ -158,6 +158,8 @@ class Relay:
                     return
                 elif kind is Kind.START:
                     self._begin()
+                    if self.done.done():
+                        return  # what the prompt took was too much: nothing of this is shown
                 elif kind is Kind.PING and not fold.started:
                     # Before the answer begins there is nothing to keep it in order with; after, it is held with it.
                     self._client.send(frame)
@@ -208,6 +210,8 @@ class Relay:
 
     def _begin(self) -> None:
         self._on_start()
+        if self.done.done():
+            return
         if self._hold_s > 0:
             self._hold_timer = asyncio.get_running_loop().call_later(self._hold_s, self._hold_over)
         else:
