@@ -128,11 +128,11 @@ def test_a_lowered_max_tokens_is_kept_when_the_attempt_is_diverted():
 
 def test_a_thinking_budget_that_would_not_fit_is_refused_here():
     bank = Bank(clamp=True)
-    purse = bank.purse(day_nanousd=held(body_of(max_tokens=3_000)))
+    cap = held(body_of(max_tokens=3_000))
     thinking = {"type": "enabled", "budget_tokens": 4_000}
-    assert isinstance(reserve(purse, body_of(max_tokens=50_000, thinking=thinking)), Refused)
+    assert isinstance(reserve(bank.purse(day_nanousd=cap), body_of(max_tokens=50_000, thinking=thinking)), Refused)
     thinking["budget_tokens"] = 1_024
-    lowered = reserve(bank.purse(day_nanousd=purse._cap("key:")), body_of(max_tokens=50_000, thinking=thinking))
+    lowered = reserve(bank.purse(day_nanousd=cap), body_of(max_tokens=50_000, thinking=thinking))
     assert isinstance(lowered, bytes)
     assert scan(lowered).max_tokens > 1_024
 
