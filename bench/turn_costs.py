@@ -104,7 +104,7 @@ async def measure(name: str, calls: int) -> list[tuple[str, float]]:
         purse.settle(100_000)
         times.append(clock())
         caching.leave(cached, call_id)
-        purse.close(0 if at % 100 else 1)
+        purse.close(0 if at % 100 else 1, sent=1)
         times.append(clock())
         money.tick(time.monotonic())
         names = (

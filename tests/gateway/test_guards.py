@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import random
 import threading
 import time
 from types import SimpleNamespace
@@ -195,6 +196,22 @@ def test_whom_an_operator_released_no_key_holds_for_the_same_money(guarded):
     settle(guarded, 90 * CENT)
     guarded.guard.began("an", "k1", "call_2", 5 * CENT)
     assert guarded.guard.held("an", "k1") == ()
+
+
+def test_who_begins_is_told_at_once_who_is_held(guarded, time_is):
+    guarded.guard.seed({"user:an": dict.fromkeys(range(1, 500), CENT), "key:k1": dict.fromkeys(range(1, 500), CENT)})
+    dice, told = random.Random(4), set()
+    for number in range(2_000):
+        time_is.now += dice.choice((0.1, 1.0, 20.0))
+        user, key_id, call_id = dice.choice(("an", "binh", "")), dice.choice(("k1", "k2")), f"call_{number}"
+        held = guarded.guard.began(user, key_id, call_id, dice.choice((0, CENT, 20 * CENT)))
+        assert held == guarded.guard.held(user, key_id)
+        told.add(held)
+        if dice.random() < 0.9:
+            guarded.guard.settled(user, key_id, dice.choice((0, CENT, 10 * CENT)), call_id)
+        if dice.random() < 0.01:
+            guarded.guard.release("user:an", by="lan")
+    assert told >= {(), ("user:an",), ("key:k1",)}
 
 
 def test_a_small_script_that_runs_away_is_held_by_its_key_and_its_owner_is_not(guarded):

@@ -230,18 +230,23 @@ class SpendGuard:
         *,
         user_cap_nanousd: int | None = None,
         key_cap_nanousd: int | None = None,
-    ) -> None:
-        """A call is about to wait for its turn. `expected_nanousd`: what it will probably cost, not the most it could;
-        0: as much as the last ones. The caps are those of a day, None where there is none."""
+    ) -> tuple[str, ...]:
+        """A call is about to wait for its turn; returns what `held` would. `expected_nanousd`: what it will probably
+        cost, not the most it could; 0: as much as the last ones. The caps are those of a day, None where there is none.
+        """
         if not self.enabled:
-            return
-        now, person, key = self._clock(), f"user:{user}", f"key:{key_id}"
+            return ()
+        velocity, now, person, key = self._velocity, self._clock(), f"user:{user}", f"key:{key_id}"
+        is_held = False
         if user:
-            self._velocity.began(person, call_id, expected_nanousd, now, cap_day_nanousd=user_cap_nanousd)
-            if self._velocity.throttled(person, now) or self._velocity.graced(person, now):
-                self._velocity.forget_call(key, call_id)
-                return
-        self._velocity.began(key, call_id, expected_nanousd, now, person=user, cap_day_nanousd=key_cap_nanousd)
+            velocity.began(person, call_id, expected_nanousd, now, cap_day_nanousd=user_cap_nanousd)
+            is_held = velocity.throttled(person, now)
+        if is_held or (user and velocity.graced(person, now)):
+            velocity.forget_call(key, call_id)
+        else:
+            velocity.began(key, call_id, expected_nanousd, now, person=user, cap_day_nanousd=key_cap_nanousd)
+        is_key_held = velocity.throttled(key, now)
+        return ((person,) if is_held else ()) + ((key,) if is_key_held else ())
 
     def settled(
         self,

@@ -58,12 +58,14 @@ class Purse:
         "_call_id",
         "_clamped",
         "_digest",
+        "_key_cap_nanousd",
         "_key_id",
         "_number",
         "_purses",
         "_renewed_at",
         "_rules",
         "_user",
+        "_user_cap_nanousd",
         "_watched",
         "cut",
     )
@@ -83,6 +85,9 @@ class Purse:
         self._purses = purses
         self._rules = rules
         self._accounts: tuple[Account, ...] = budgets.accounts_of(principal, user, tier, rules)
+        day_caps = {one.id: one.day_nanousd for one in self._accounts}
+        self._user_cap_nanousd = day_caps.get(f"user:{user}")
+        self._key_cap_nanousd = day_caps.get(f"key:{principal.key_id}")
         self._call_id = call_id
         self._user = user
         self._key_id = principal.key_id
@@ -103,17 +108,19 @@ class Purse:
         """The call is about to wait for its turn; the subjects, of which those that spend too fast go one at a time."""
         guard = self._purses.guard
         self._digest = digest
-        if not self._watched:
+        if self._watched:
+            held = guard.held(self._user, self._key_id)
+        else:
             self._watched = True
-            guard.began(
+            held = guard.began(
                 self._user,
                 self._key_id,
                 self._call_id,
                 expected_nanousd,
-                user_cap_nanousd=self._cap("user:"),
-                key_cap_nanousd=self._cap("key:"),
+                user_cap_nanousd=self._user_cap_nanousd,
+                key_cap_nanousd=self._key_cap_nanousd,
             )
-        return held_to_one(subjects, guard.held(self._user, self._key_id))
+        return held_to_one(subjects, held) if held else subjects
 
     async def reserve(self, number: int, plan: Plan, body: bytes, now: float, *, speed: str) -> bytes | Refused:
         """Reserve for the attempt of this number; the body to send, whose `max_tokens` may have been lowered.
@@ -201,12 +208,9 @@ class Purse:
             nanousd,
             self._call_id,
             self._digest,
-            user_cap_nanousd=self._cap("user:"),
-            key_cap_nanousd=self._cap("key:"),
+            user_cap_nanousd=self._user_cap_nanousd,
+            key_cap_nanousd=self._key_cap_nanousd,
         )
-
-    def _cap(self, kind: str) -> int | None:
-        return next((one.day_nanousd for one in self._accounts if one.id.startswith(kind)), None)
 
     def _cut_error(self) -> Refused:
         """Names the account that is nearest to its cap."""

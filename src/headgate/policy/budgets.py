@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -43,6 +43,8 @@ LATELY_S = 20.0
 Window = Literal["day", "month", ""]
 State = Literal["live", "settled", "expired"]
 WINDOWS: tuple[Literal["day", "month"], ...] = ("day", "month")
+Capped = tuple[str, str, Literal["day", "month"], int]
+"""A window that has a cap: period, account, window, cap."""
 
 _DAY_NS = 86_400 * 10**9
 
@@ -194,15 +196,16 @@ def check_ask(ask: MoneyAsk) -> None:
     """Raises ValueError for an amount or a cap that none can be."""
     check_amount(ask.upper_nanousd)
     for account in ask.accounts:
-        for cap in (account.day_nanousd, account.month_nanousd):
-            if cap is not None:
-                check_amount(cap)
+        if account.day_nanousd is not None:
+            check_amount(account.day_nanousd)
+        if account.month_nanousd is not None:
+            check_amount(account.month_nanousd)
 
 
-def caps(ask: MoneyAsk) -> list[tuple[str, str, Literal["day", "month"], int]]:
+def caps(ask: MoneyAsk) -> list[Capped]:
     """Windows that have a cap: (period, account, window, cap)."""
     at = periods(ask.at_ns)
-    found: list[tuple[str, str, Literal["day", "month"], int]] = []
+    found: list[Capped] = []
     for account in ask.accounts:
         if account.day_nanousd is not None:
             found.append((at.day, account.id, "day", account.day_nanousd))
@@ -258,10 +261,10 @@ class _Attempt:
     __slots__ = ("ends_at", "nanousd", "state", "windows")
 
     def __init__(
-        self, windows: tuple[tuple[str, str, int | None], ...], nanousd: int, state: State, ends_at: float
+        self, windows: Sequence[tuple[str, str, Window, int | None]], nanousd: int, state: State, ends_at: float
     ) -> None:
         self.windows = windows
-        """(period, account, cap)."""
+        """(period, account, window, cap), the last two only where this process admitted it."""
         self.nanousd = nanousd
         self.state: State = state
         self.ends_at = ends_at
@@ -303,23 +306,20 @@ class Budgets:
         """Take the upper bound from every window, or nothing. An id that holds a reservation keeps it, and one that
         held another is refused. Raises ValueError for an amount that none can be."""
         check_ask(ask)
-        self._newest_ns = max(self._newest_ns, ask.at_ns)
+        if ask.at_ns > self._newest_ns:
+            self._newest_ns = ask.at_ns
         windows = caps(ask)
         known = self._attempts.get(ask.id)
         if known is not None:
             return self._verdict(ask, windows, admitted=known.state == "live")
         if not windows:
             return MoneyVerdict(True)
-        if any(self._left(period, account, cap) < ask.upper_nanousd for period, account, _, cap in windows):
-            return self._verdict(ask, windows, admitted=False)
+        for period, account, _, cap in windows:
+            if self._left(period, account, cap) < ask.upper_nanousd:
+                return self._verdict(ask, windows, admitted=False)
         for period, account, _, _ in windows:
             self._sum(period, account).reserved += ask.upper_nanousd
-        self._attempts[ask.id] = self._live[ask.id] = _Attempt(
-            tuple((period, account, cap) for period, account, _, cap in windows),
-            ask.upper_nanousd,
-            "live",
-            now + ask.lease_s,
-        )
+        self._attempts[ask.id] = self._live[ask.id] = _Attempt(windows, ask.upper_nanousd, "live", now + ask.lease_s)
         return self._verdict(ask, windows, admitted=True)
 
     def spend(self, ask_id: str, nanousd: int) -> bool:
@@ -332,8 +332,9 @@ class Budgets:
         more = nanousd - attempt.nanousd
         if more <= 0:
             return True
-        if any(cap is not None and self._left(period, account, cap) < more for period, account, cap in attempt.windows):
-            return False
+        for period, account, _, cap in attempt.windows:
+            if cap is not None and self._left(period, account, cap) < more:
+                return False
         self._book(attempt, nanousd)
         return True
 
@@ -357,7 +358,7 @@ class Budgets:
             return
         if attempt.state == "expired":
             self._expired -= 1
-            for period, account, _ in attempt.windows:
+            for period, account, _, _ in attempt.windows:
                 one = self._sum(period, account)
                 one.settled -= attempt.nanousd
                 one.reserved += attempt.nanousd
@@ -380,7 +381,7 @@ class Budgets:
         check_amount(nanousd)
         self._newest_ns = max(self._newest_ns, ask.at_ns)
         if ask.id not in self._attempts:
-            windows = tuple((period, account, cap) for period, account, _, cap in caps(ask))
+            windows = caps(ask)
             if not windows:
                 return
             self._attempts[ask.id] = _Attempt(windows, 0, "expired", now)
@@ -403,7 +404,10 @@ class Budgets:
         }
         held = tuple(
             Held(
-                ask_id, one.state, one.nanousd, tuple(window_id(period, account) for period, account, _ in one.windows)
+                ask_id,
+                one.state,
+                one.nanousd,
+                tuple(window_id(period, account) for period, account, _, _ in one.windows),
             )
             for ask_id, one in self._attempts.items()
         )
@@ -416,7 +420,9 @@ class Budgets:
             self._sum(period, account).settled += delta
         for one in found.adopt:
             if one.id not in self._attempts:
-                windows = tuple((period, account, None) for period, _, account in map(_split, one.windows))
+                windows: list[tuple[str, str, Window, int | None]] = [
+                    (period, account, "", None) for period, _, account in map(_split, one.windows)
+                ]
                 attempt = self._attempts[one.id] = _Attempt(windows, 0, "expired", 0.0)
                 self._expired += 1
                 self._book(attempt, one.nanousd)
@@ -440,20 +446,23 @@ class Budgets:
     # inside
 
     def _sum(self, period: str, account: str) -> _Sum:
-        accounts = self._sums.setdefault(period, {})
+        accounts = self._sums.get(period)
+        if accounts is None:
+            accounts = self._sums[period] = {}
         one = accounts.get(account)
         if one is None:
             one = accounts[account] = _Sum()
         return one
 
     def _left(self, period: str, account: str, cap: int) -> int:
-        one = self._sums.get(period, {}).get(account)
+        accounts = self._sums.get(period)
+        one = None if accounts is None else accounts.get(account)
         return cap if one is None else cap - one.settled - one.reserved
 
     def _release(self, attempt: _Attempt) -> None:
         """From reserved to booked."""
         if attempt.state == "live":
-            for period, account, _ in attempt.windows:
+            for period, account, _, _ in attempt.windows:
                 one = self._sum(period, account)
                 one.reserved -= attempt.nanousd
                 one.settled += attempt.nanousd
@@ -465,7 +474,7 @@ class Budgets:
         """Its amount becomes this one."""
         delta = nanousd - attempt.nanousd
         attempt.nanousd = nanousd
-        for period, account, _ in attempt.windows:
+        for period, account, _, _ in attempt.windows:
             one = self._sum(period, account)
             if attempt.state == "live":
                 one.reserved += delta
@@ -475,14 +484,17 @@ class Budgets:
     def _verdict(
         self,
         ask: MoneyAsk,
-        windows: list[tuple[str, str, Literal["day", "month"], int]],
+        windows: list[Capped],
         *,
         admitted: bool,
     ) -> MoneyVerdict:
         if not windows:
             return MoneyVerdict(admitted)
-        nearest = min(windows, key=lambda one: (self._left(one[0], one[1], one[3]), one[2] == "day"))
-        period, account, window, cap = nearest
+        period, account, window, cap = windows[0]
+        if len(windows) > 1:
+            period, account, window, cap = min(
+                windows, key=lambda one: (self._left(one[0], one[1], one[3]), one[2] == "day")
+            )
         one = self._sums.get(period, {}).get(account) or _Sum()
         return verdict(
             ask.at_ns, account, window, cap, admitted=admitted, spent_nanousd=one.settled, reserved_nanousd=one.reserved

@@ -140,6 +140,7 @@ class _Subject:
         "bucket",
         "buckets",
         "calls",
+        "calls_nanousd",
         "cap_nanousd",
         "first_at",
         "grace",
@@ -164,7 +165,10 @@ class _Subject:
         self.buckets: deque[tuple[int, int]] = deque()
         """Number of the bucket and what was spent in it, oldest first; those of the window."""
         self.total_nanousd = 0
-        self.calls: deque[CallCost] = deque(maxlen=CALLS_SHOWN)
+        self.calls: deque[CallCost] = deque()
+        """The last of them, CALLS_SHOWN at most."""
+        self.calls_nanousd = 0
+        """What they cost together."""
         self.in_flight: OrderedDict[str, tuple[float, int]] = OrderedDict()
         """When it began and what it is expected to cost, by call."""
         self.in_flight_nanousd = 0
@@ -246,7 +250,7 @@ class SpendVelocity:
         """
         now_s = self._forward(now_s)
         subject = self._subject(subject_id, now_s)
-        self._note(subject, person, cap_day_nanousd, now_s)
+        _note(subject, person, cap_day_nanousd)
         at = subject.in_flight[call_id][0] if call_id in subject.in_flight else now_s
         _landed(subject, call_id)
         subject.in_flight[call_id] = (at, expected_nanousd)
@@ -271,11 +275,11 @@ class SpendVelocity:
         """
         now_s = self._forward(now_s)
         subject = self._subject(subject_id, now_s)
-        self._note(subject, person, cap_day_nanousd, now_s)
+        _note(subject, person, cap_day_nanousd)
         _landed(subject, call_id)
         if nanousd <= 0:
             return None
-        bucket = int(now_s // BUCKET_S)
+        bucket = subject.bucket
         if subject.buckets and subject.buckets[-1][0] == bucket:
             subject.buckets[-1] = (bucket, subject.buckets[-1][1] + nanousd)
         else:
@@ -283,6 +287,9 @@ class SpendVelocity:
         subject.total_nanousd += nanousd
         subject.window_nanousd += nanousd
         subject.calls.append(CallCost(call_id, nanousd))
+        subject.calls_nanousd += nanousd
+        if len(subject.calls) > CALLS_SHOWN:
+            subject.calls_nanousd -= subject.calls.popleft().cost_nanousd
         limit = self._limit(subject, now_s)
         if subject.total_nanousd <= limit:
             return None
@@ -423,7 +430,8 @@ class SpendVelocity:
         if subject is None:
             return False
         self._advance(subject, now_s)
-        return subject.total_nanousd + _in_flight(subject) > self._limit(subject, now_s)
+        limit = self._limit(subject, now_s)
+        return limit != _NO_LIMIT and subject.total_nanousd + _in_flight(subject) > limit
 
     def _limit(self, subject: _Subject, now_s: float) -> int:
         """Nano-dollars that ten minutes may cost."""
@@ -459,15 +467,6 @@ class SpendVelocity:
         gone = next((each for each in self._subjects if each not in self._tripped), next(iter(self._subjects)))
         del self._subjects[gone]
         self._tripped.pop(gone, None)
-
-    def _note(self, subject: _Subject, person: str, cap_day_nanousd: int | None, now_s: float) -> None:
-        if cap_day_nanousd is not None:
-            subject.cap_nanousd = cap_day_nanousd
-        if person:
-            subject.people[person] = int(now_s // BUCKET_S)
-            subject.people.move_to_end(person)
-            if len(subject.people) > IN_FLIGHT_MAX:
-                subject.people.popitem(last=False)
 
     def _advance(self, subject: _Subject, now_s: float) -> None:
         """Bring a subject to now: what left the window, and what became history."""
@@ -517,7 +516,8 @@ class SpendVelocity:
         self._tripped.pop(subject_id, None)
 
     def _forward(self, now_s: float) -> float:
-        self._now_s = max(now_s, self._now_s)
+        if now_s > self._now_s:
+            self._now_s = now_s
         return self._now_s
 
 
@@ -531,7 +531,7 @@ class LoopDetector:
         """More than `calls` ≥ 1 in ten minutes are a loop."""
         self._calls = calls
         self._digests_max = digests_max
-        self._seen: OrderedDict[tuple[str, str], deque[tuple[float, CallCost]]] = OrderedDict()
+        self._seen: OrderedDict[tuple[str, str], list[tuple[float, CallCost]]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -543,15 +543,29 @@ class LoopDetector:
         key = (subject_id, digest)
         seen = self._seen.get(key)
         if seen is None:
-            seen = self._seen[key] = deque(maxlen=self._calls + 1)
+            # Most digests come once: a list of one is made and forgotten in a third of the time of a deque.
+            seen = self._seen[key] = []
             if len(self._seen) > self._digests_max:
                 self._seen.popitem(last=False)
         else:
             self._seen.move_to_end(key)
         seen.append((now_s, call))
+        if len(seen) > self._calls + 1:
+            del seen[0]
         if len(seen) <= self._calls or now_s - seen[0][0] >= WINDOW_S:
             return None
-        return Loop(subject_id, digest, len(seen), tuple(call for _, call in list(seen)[-CALLS_SHOWN:]))
+        return Loop(subject_id, digest, len(seen), tuple(call for _, call in seen[-CALLS_SHOWN:]))
+
+
+def _note(subject: _Subject, person: str, cap_day_nanousd: int | None) -> None:
+    """Of a subject that was brought to now."""
+    if cap_day_nanousd is not None:
+        subject.cap_nanousd = cap_day_nanousd
+    if person:
+        subject.people[person] = subject.bucket
+        subject.people.move_to_end(person)
+        if len(subject.people) > IN_FLIGHT_MAX:
+            subject.people.popitem(last=False)
 
 
 def _landed(subject: _Subject, call_id: str) -> None:
@@ -565,7 +579,7 @@ def _in_flight(subject: _Subject) -> int:
     """What is under way is expected to cost."""
     if not subject.in_flight_unknown or not subject.calls:
         return subject.in_flight_nanousd
-    usual = sum(call.cost_nanousd for call in subject.calls) // len(subject.calls)
+    usual = subject.calls_nanousd // len(subject.calls)
     return subject.in_flight_nanousd + subject.in_flight_unknown * usual
 
 
