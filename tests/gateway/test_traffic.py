@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 import structlog
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.simulation.world import JumpingLoop
 
@@ -19,7 +19,7 @@ from headgate.gateway.policies import Policies, policies
 from headgate.gateway.settings import Settings
 from headgate.gateway.traffic import LEASE_S, Diverted, Left, Traffic, Turn, Waiting, Want
 from headgate.policy.breaker import State
-from headgate.policy.limiter import ClassLimits, Limiter, Subject, cost_s
+from headgate.policy.limiter import ClassLimits, Limiter, Subject, Verdict, cost_s
 from headgate.policy.records import Refused
 from headgate.storage.limits import LocalLimits
 from headgate.wire.catalog import packaged
@@ -387,10 +387,47 @@ arrivals = st.lists(
 )
 
 
+BEHIND_ITS_OWN = [
+    *[(0.0, "an", 1, 1.0, 0.5, None, False)] * 3,
+    (0.0, "an", 2_500, 1.0, 0.5, None, False),
+    *[(0.0, "an", 1, 1.0, 0.5, None, False)] * 2,
+    (0.0, "an", 2_500, 1.0, 5.0, None, False),
+    (0.0, "an", 9_000, 1.0, 5.0, None, False),
+    (0.0, "an", 1, 1.0, 5.0, None, False),
+    (0.0, "binh", 2_500, 1.0, 0.5, None, False),
+]
+"""The 9,000 will give up before the class has them, so what is behind them is foretold to be served first of all."""
+BEHIND_ITS_OWN_IN_THE_BACKGROUND = [
+    (0.0, "binh", 2_500, 1.0, 5.0, None, True),
+    (0.0, "chi", 2_500, 1.0, 30.0, None, True),
+    (3.0, "chi", 2_500, 5.0, 5.0, 0.0, True),
+    (0.001, "em", 300, 1.0, 30.0, 0.3, False),
+    (0.1, "chi", 2_500, 5.0, 5.0, 4.0, False),
+    (0.0, "em", 9_000, 1.0, 5.0, None, False),
+    (3.0, "dung", 300, 5.0, 30.0, 0.3, False),
+    (0.0, "em", 2_500, 5.0, 30.0, None, False),
+    (0.1, "an", 300, 5.0, 0.5, None, True),
+    (0.1, "dung", 1, 5.0, 30.0, 0.3, True),
+    (3.0, "dung", 1, 1.0, 5.0, 0.3, True),
+    (0.1, "chi", 9_000, 5.0, 5.0, None, True),
+    (0.7, "chi", 9_000, 5.0, 0.5, 0.3, False),
+    (0.7, "chi", 2_500, 1.0, 30.0, None, True),
+    (0.0, "em", 2_500, 5.0, 30.0, None, False),
+    (3.0, "chi", 50, 5.0, 5.0, None, False),
+]
+
+
 @settings(max_examples=40)
 @given(arrivals)
+@example(BEHIND_ITS_OWN)
+@example(BEHIND_ITS_OWN_IN_THE_BACKGROUND)
 def test_laws_of_the_queue(lives, history):
-    """P3, P4, P6: what fits goes within a tick, a person's own in order, nobody late, and nothing is left behind."""
+    """P3, P4, P6: what fits goes within a tick, a person's own in order, nobody late, and nothing is left behind.
+
+    P3 is of the first of every line: who is foretold to be served first may stand behind one of its own person that
+    will give up. Whose turn it is goes if it fits, and so does who else fits, unless the class refuses the one whose
+    turn it is: that one keeps it until there is enough for it, or until it gives up.
+    """
     person = {name: (Subject(f"user:{name}", rpm=120.0, burst_s=2.0),) for name in ("an", "binh")}
 
     async def story(town: Town):
@@ -399,11 +436,16 @@ def test_laws_of_the_queue(lives, history):
         async def watch():
             while True:
                 await asyncio.sleep(0.05)
-                firsts = [one for one, position, _ in town.traffic.waiting() if position == 1]
-                fits = [one for one in firsts if one.want.deadline > town.now() + TICK_S and would_pass(town, one)]
+                in_turn = next((one for one, _, _ in town.traffic.waiting()), None)
+                stopped = in_turn is not None and is_of_class(verdict(town, in_turn))
+                fits = [
+                    one
+                    for one in firsts_of_lines(town)
+                    if one.want.deadline > town.now() + TICK_S and verdict(town, one).admitted
+                ]
                 before = len(town.granted)
                 await asyncio.sleep(TICK_S)
-                still = [one for one in fits if one.result is None]
+                still = [one for one in fits if one.result is None and not stopped]
                 assert not still or len(town.granted) > before, "P3"
 
         watching = town.loop.create_task(watch())
@@ -436,8 +478,23 @@ def test_laws_of_the_queue(lives, history):
     assert all(line == sorted(line) for line in lines.values()), "P4"
 
 
-def would_pass(town: Town, one: Waiting) -> bool:
-    return copy.deepcopy(town.limiter).admit(one.ask, town.now()).admitted
+def firsts_of_lines(town: Town) -> list[Waiting]:
+    """Of each person, and of the background work of each."""
+    lines: dict[tuple[str, bool], Waiting] = {}
+    for _, _, queue in town.traffic.lanes():
+        for one in queue:
+            assert isinstance(one, Waiting)
+            lines.setdefault((one.user, one.background), one)
+    return list(lines.values())
+
+
+def verdict(town: Town, one: Waiting) -> Verdict:
+    """What the limiter would say now."""
+    return copy.deepcopy(town.limiter).admit(one.ask, town.now())
+
+
+def is_of_class(said: Verdict) -> bool:
+    return not said.admitted and said.reason.startswith("class_")
 
 
 @settings(max_examples=15)
