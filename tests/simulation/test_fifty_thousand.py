@@ -51,7 +51,7 @@ def test_the_app_has_the_tokens_it_is_described_with() -> None:
         (HAIKU, (9_208 * 0.01 + 324 * 0.10 + 267 * 0.50) / 1e6),
     ],
 )
-def test_a_request_costs_what_the_page_reckons_by_hand(model, usd_request) -> None:
+def test_a_request_costs_what_the_page_reckons_by_hand(model: str, usd_request: float) -> None:
     one = billed(ARTICLE, WAY["planner"], model, 600)
     assert one.writes == 1
     # The first write is 0.7 % of what 600 requests cost, and nothing of 50,000.
