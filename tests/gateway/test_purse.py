@@ -81,9 +81,15 @@ def held(body: bytes, *models: str, speed: str = "standard") -> int:
 
 
 def test_what_is_held_is_never_less_than_the_dearest_way_to_answer():
-    usage = Usage(cache_write_1h_tokens=1_050, output_tokens=1_000, inference_geo="us")
     for model in (SONNET, OPUS, HAIKU, "claude-opus-4-8", "claude-of-tomorrow"):
-        assert held(body_of(model=model)) >= price(usage, model, NOON_NS, CATALOG).cost_nanousd, model
+        for kind, more in {
+            "cache_write_1h_tokens": {"cache_control": {"type": "ephemeral", "ttl": "1h"}},
+            "cache_write_5m_tokens": {"cache_control": {"type": "ephemeral"}},
+            "input_tokens": {},
+        }.items():
+            usage = Usage(**{kind: 1_050}, output_tokens=1_000, inference_geo="us")
+            cost = price(usage, model, NOON_NS, CATALOG).cost_nanousd
+            assert cost <= held(body_of(model=model, **more)) < 1.3 * cost, (model, kind)
 
 
 def test_a_plan_with_a_dearer_model_holds_enough_for_that_one():
@@ -184,5 +190,5 @@ def test_a_verdict_about_an_attempt_that_is_over_cuts_nobody():
 def test_the_bound_is_what_pricing_says_it_is():
     body = body_of()
     assert held(body) == upper_bound(
-        min(len(body), 2 * input_tokens(scan(body))) + 1_000, 1_000, SONNET, NOON_NS, CATALOG
+        min(len(body), 2 * input_tokens(scan(body))) + 1_000, 1_000, SONNET, NOON_NS, CATALOG, cache_writes="none"
     )

@@ -10,6 +10,7 @@ from headgate.policy.prompt_bound import (
     IMAGE_TOKENS,
     TOKENS_BESIDE_TEXT,
     WEB_SEARCHES,
+    cache_writes,
     prompt_tokens_max,
     prompt_tokens_max_of,
     web_searches_max,
@@ -61,3 +62,12 @@ def test_searches_are_counted_for_who_has_the_tool():
     with_tool = body_of({"type": "text", "text": "a"}, tools=[{"type": "web_search_20260209", "name": "web_search"}])
     assert web_searches_max(with_tool) == WEB_SEARCHES
     assert web_searches_max(body_of({"type": "text", "text": "web_search"})) == 0
+
+
+def test_the_dearest_write_is_that_of_the_marks_however_they_are_spelled():
+    hello = {"type": "text", "text": "Xin chào"}
+    mark = {"type": "ephemeral"}
+    assert cache_writes(body_of(hello)) == "none"
+    assert cache_writes(body_of(hello | {"cache_control": mark})) == "5m"
+    assert cache_writes(body_of(hello, cache_control=mark | {"ttl": "1h"})) == "1h"
+    assert cache_writes(body_of(hello, cache_control=mark).replace(b"cache_c", b"cache_\\u0063")) == "1h"

@@ -96,11 +96,10 @@ def split(replies: list[Reply]) -> tuple[list[Reply], list[Reply]]:
 
 
 def held_for(body: bytes) -> int:
-    """What is held for a message of text: 2 tokens for each estimated one and 1,000 more, all written to the 1h cache,
-    and `max_tokens`, each in the US."""
+    """What is held for a message of text: 2 tokens for each estimated one and 1,000 more, and `max_tokens`, in the US."""
     request = scan(body)
     tokens = prompt_tokens_max(body, input_tokens(request))
-    return upper_bound(tokens, request.max_tokens, request.model, time.time_ns(), packaged())
+    return upper_bound(tokens, request.max_tokens, request.model, time.time_ns(), packaged(), cache_writes="none")
 
 
 def spent_dry(desk: Desk, key: str, body: bytes, *, more: int = 200) -> int:

@@ -17,8 +17,8 @@ from headgate.gateway.budgets import BudgetRules
 from headgate.gateway.guards import SpendGuard, held_to_one
 from headgate.policy.budgets import HEARTBEAT_S, LEASE_S, NANOUSD_MAX, Account, MoneyAsk, MoneyVerdict, ask_id
 from headgate.policy.limiter import Subject
-from headgate.policy.pricing import price, upper_bound
-from headgate.policy.prompt_bound import prompt_tokens_max, web_searches_max
+from headgate.policy.pricing import CacheWrites, price, upper_bound
+from headgate.policy.prompt_bound import cache_writes, prompt_tokens_max, prompt_tokens_max_of, web_searches_max
 from headgate.policy.records import Plan, Principal, Refused
 from headgate.storage.interfaces import Money
 from headgate.wire.catalog import Catalog
@@ -27,6 +27,7 @@ from headgate.wire.usage import Usage
 
 _OUTPUT_TOKENS_MAX, _CONTEXT_TOKENS_MAX = 128_000, 1_000_000
 """Of a model that the catalogue does not know: the most that any takes."""
+_COUNTED_ONLY = (Account(budgets.EVERYBODY, budgets.COUNTED),)
 _ANSWER_FLOOR = 256
 """Below it a lowered `max_tokens` is no answer, and the request is refused instead."""
 
@@ -135,12 +136,19 @@ class Purse:
         if identity == self._ask_id:
             return body if self._clamped is None else _with_max_tokens(body, self._clamped)
         self._clamped = None
+        if self._accounts == _COUNTED_ONLY:
+            verdict = await self._ask(identity, self._roughly(plan, speed))
+            if not verdict.admitted:
+                return budgets.refused(verdict, self._at_ns)
+            self._ask_id, self._number, self._renewed_at = identity, number, now
+            return body
         bound = _Bound(
             self._purses.catalog,
             plan.models,
             self._at_ns,
             input_tokens=prompt_tokens_max(body, plan.input_tokens_estimate),
             web_searches=web_searches_max(body),
+            writes=cache_writes(body),
             speed=speed,
         )
         max_tokens = bound.output_tokens(plan.max_tokens, body)
@@ -212,6 +220,18 @@ class Purse:
             key_cap_nanousd=self._key_cap_nanousd,
         )
 
+    def _roughly(self, plan: Plan, speed: str) -> int:
+        """What is held where nobody has a cap and all is counted for the alert line: nothing is refused for it, so the
+        body, its files and tools are not looked through."""
+        return upper_bound(
+            min(prompt_tokens_max_of(plan.input_tokens_estimate), _CONTEXT_TOKENS_MAX),
+            min(plan.max_tokens, _OUTPUT_TOKENS_MAX),
+            plan.models[0],
+            self._at_ns,
+            self._purses.catalog,
+            speed=speed,
+        )
+
     def _cut_error(self) -> Refused:
         """Names the account that is nearest to its cap."""
         caps = {(one.id, "day"): one.day_nanousd for one in self._accounts}
@@ -246,16 +266,25 @@ class _Bound:
     reservation. What a model would not take at all (more tokens than it has) is refused by Anthropic, and costs
     nothing: nobody's budget is held for it."""
 
-    __slots__ = ("_at_ns", "_catalog", "_input_tokens", "_models", "_speed", "_web_searches")
+    __slots__ = ("_at_ns", "_catalog", "_input_tokens", "_models", "_speed", "_web_searches", "_writes")
 
     def __init__(
-        self, catalog: Catalog, models: tuple[str, ...], at_ns: int, *, input_tokens: int, web_searches: int, speed: str
+        self,
+        catalog: Catalog,
+        models: tuple[str, ...],
+        at_ns: int,
+        *,
+        input_tokens: int,
+        web_searches: int,
+        writes: CacheWrites,
+        speed: str,
     ) -> None:
         self._catalog = catalog
         self._models = [(one, *self._limits(one)) for one in models]
         self._at_ns = at_ns
         self._input_tokens = input_tokens
         self._web_searches = web_searches
+        self._writes: CacheWrites = writes
         self._speed = speed
 
     def nanousd(self, max_tokens: int) -> int:
@@ -271,6 +300,7 @@ class _Bound:
                 # A fallback that is not sold at this speed is asked without it.
                 speed=self._speed if number == 0 or self._sold_fast(model) else "standard",
                 web_searches_max=self._web_searches,
+                cache_writes=self._writes,
             )
             most = max(most, nanousd)
         return most

@@ -13,6 +13,7 @@ from __future__ import annotations
 import calendar
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
+from typing import Literal
 
 import msgspec
 
@@ -21,6 +22,10 @@ from headgate.wire.usage import IterationUsage, Usage
 
 RATE_DAYS = 7
 """A projection's daily rate is the mean of this many days, so that it holds one weekend whatever the day."""
+
+
+CacheWrites = Literal["none", "5m", "1h"]
+"""The dearest write to the cache that a request can make."""
 
 
 class Cost(msgspec.Struct, frozen=True, gc=False):
@@ -106,18 +111,22 @@ def upper_bound(
     *,
     speed: str = "standard",
     web_searches_max: int = 0,
+    cache_writes: CacheWrites = "1h",
 ) -> int:
     """Nano-dollars that `price` cannot exceed for a prompt of at most `input_tokens_max` and an output of at most
     `max_tokens` tokens at `at_ns`, of `model` at `speed`.
 
-    Takes all input at its dearest kind (a 1h write, at twice the plain price) and US inference where the model has it,
+    Takes all input at its dearest kind (a 1h write, at twice the plain price, unless `cache_writes` says that there can
+    be none) and US inference where the model has it,
     for a workspace may ask for it by default; rounds up. It cannot know of passes that Anthropic adds on its own:
     server-side fallback, advisor, compaction and the turns of a server tool, which each read the prompt again.
     """
     row = catalog.price_row(model, at_ns, speed, input_tokens_max)
-    dearest_nanousd = max(
-        row.input_nanousd, row.cache_read_nanousd, row.cache_write_5m_nanousd, row.cache_write_1h_nanousd
-    )
+    dearest_nanousd = max(row.input_nanousd, row.cache_read_nanousd)
+    if cache_writes != "none":
+        dearest_nanousd = max(dearest_nanousd, row.cache_write_5m_nanousd)
+    if cache_writes == "1h":
+        dearest_nanousd = max(dearest_nanousd, row.cache_write_1h_nanousd)
     factor = catalog.factors[row.us_multiplier][False]
     scaled = factor * (input_tokens_max * dearest_nanousd + max_tokens * row.output_nanousd)
     return -(-scaled // catalog.factor_scale) + web_searches_max * catalog.web_search_nanousd

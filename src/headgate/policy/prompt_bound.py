@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from headgate.policy.pricing import CacheWrites
+
 TOKENS_PER_ESTIMATED = 2
 """No prompt of text has been seen to have twice the estimated tokens; a token for each byte is the end of it."""
 TOKENS_BESIDE_TEXT = 1_000
@@ -23,6 +25,8 @@ WEB_SEARCHES = 10
 """That one answer makes, each billed: more than any has been seen to make on its own."""
 
 _ELSEWHERE = re.compile(rb'"type"\s*:\s*"(?:url|file)"')
+_SPELLED_OUT = re.compile(rb"\\u00[3-7]")
+"""ASCII letters and digits as escapes: nobody writes so who has nothing to hide."""
 _HELD = (b'"thread"', b'"previous_message_id"')
 
 
@@ -44,6 +48,15 @@ def prompt_tokens_max(body: bytes, estimate: int) -> int:
 def prompt_tokens_max_of(estimate: int) -> int:
     """The same where only the estimate is left, as in the ledger."""
     return estimate * TOKENS_PER_ESTIMATED + TOKENS_BESIDE_TEXT
+
+
+def cache_writes(body: bytes) -> CacheWrites:
+    """The dearest write that this request can make, by its marks. Text that names one counts as one."""
+    if b"\\u00" in body and _SPELLED_OUT.search(body):
+        return "1h"
+    if b'"cache_control"' not in body:
+        return "none"
+    return "1h" if b'"1h"' in body else "5m"
 
 
 def web_searches_max(body: bytes) -> int:
