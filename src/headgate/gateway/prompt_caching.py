@@ -176,7 +176,8 @@ class PromptCaching:
         `scanned` is the body for `model`; `header_lines` are the client's that are passed on; `at_ns` picks prices.
         """
         section, now = self._section, self._clock()
-        mark = section.plan and principal.plan_cache and not _is_claude_code(header_lines)
+        ours = principal.plan_cache and not _is_claude_code(header_lines)
+        mark = section.plan and ours
         plan = self.planner.plan(
             scanned, key_id=principal.key_id, endpoint=endpoint, model=model, at_ns=at_ns, now=now, mark=mark
         )
@@ -202,7 +203,8 @@ class PromptCaching:
         if section.diagnostics:
             if finding is not None:
                 self._miss(plan.family, now)
-            plan = self._asking(plan, scanned, now)
+            if ours:
+                plan = self._asking(plan, scanned, now)
         if section.keep_warm and principal.plan_cache:
             self.kept.planned(KeptPrompt(plan, principal, endpoint, model, header_lines, now))
         return plan
@@ -221,6 +223,10 @@ class PromptCaching:
             said = diagnosis(diagnostics)
             if said is not None:
                 self.linter.note(plan.family, said, at_ns=self._now_ns())
+
+    def __len__(self) -> int:
+        """Calls that write a cold prefix or wait for that, and prefixes: 0 when no call is under way."""
+        return len(self._wake) + len(self._cold)
 
     def take_findings(self) -> CacheDeltas:
         """What was found since the last time, and what the families are; the caller's to store."""
@@ -250,8 +256,8 @@ class PromptCaching:
         return self._cold.join(plan.cold, call_id, self._clock())
 
     def wait_until(self, plan: CachePlan, call_id: str) -> float | None:
-        """When the wait ends at the latest, monotonic; None: it has ended."""
-        return self._cold.until(plan.cold, call_id)
+        """When the wait ends at the latest, monotonic, to be asked again then; None: it has ended."""
+        return self._cold.until(plan.cold, call_id, self._clock())
 
     def sent(self, plan: CachePlan, call_id: str) -> None:
         """The attempt leaves."""
@@ -264,7 +270,7 @@ class PromptCaching:
         """The attempt failed, or the call waits no longer. Twice is once."""
         if plan.cold:
             self._wake.pop(call_id, None)
-            self._wake_up(self._cold.left(plan.cold, call_id))
+            self._wake_up(self._cold.left(plan.cold, call_id, self._clock()))
 
     def _wake_up(self, call_ids: list[str]) -> None:
         for call_id in call_ids:
