@@ -120,6 +120,17 @@ def test_without_a_cap_nobody_is_refused_whatever_they_ask_for():
         assert isinstance(reserve(purse, body_of(max_tokens=10**17), number=number + 1), bytes)
 
 
+def test_where_all_is_only_counted_the_body_is_not_looked_through():
+    bank = Bank(alert_day_nanousd=20 * USD)
+    purse = bank.purse(day_nanousd=None)
+    url = {"type": "document", "source": {"type": "url", "url": "https://shop.vn/a.pdf"}}
+    body = body_of(messages=[{"role": "user", "content": [url]}])
+    assert reserve(purse, body) == body
+    assert 0 < bank.stands("all")[1] < held(body)
+    purse.settle(5 * USD)
+    assert bank.stands("all") == (5 * USD, 0)
+
+
 def test_a_lowered_max_tokens_is_kept_when_the_attempt_is_diverted():
     bank = Bank(clamp=True)
     purse = bank.purse(day_nanousd=held(body_of(max_tokens=1_000)))
