@@ -33,7 +33,7 @@ def distinct(kind, **given):
 def test_a_call_comes_back_as_it_went_in(tables):
     used = Usage(1, 2, 3, 4, 5, 6, 7, "priority", "fast", "us", True, (IterationUsage("compaction", "m", 8),))
     tried = distinct(AttemptRow, number=1, usage=used, state="settled", changed=False)
-    call = distinct(CallRow, attempts=[tried], outcome="completed", streamed=True)
+    call = distinct(CallRow, attempts=[tried], outcome="completed", streamed=True, reused=True)
     tables.commit([call.values()], [tried.values(call.call_id)], "1-1-0", 100)
     assert tables.find(call.call_id) == call
     assert tables.find("call_unknown") is None
@@ -41,7 +41,7 @@ def test_a_call_comes_back_as_it_went_in(tables):
 
 def test_every_column_of_a_call_holds_what_its_name_says(engine, tables):
     tried = distinct(AttemptRow, number=1, usage=Usage(11, 12, 13, 14, 15), state="settled")
-    call = distinct(CallRow, attempts=[tried], outcome="completed", streamed=False)
+    call = distinct(CallRow, attempts=[tried], outcome="completed", streamed=False, reused=False)
     tables.commit([call.values()], [tried.values(call.call_id)], "1-1-0", 100)
     with engine.connect() as connection:
         row = connection.execute(sa.select(calls)).mappings().one()
@@ -54,7 +54,7 @@ def test_every_column_of_a_call_holds_what_its_name_says(engine, tables):
         "cache_write_1h_tokens": 14,
         "output_tokens": 15,
         "cost_nanousd": tried.cost_nanousd,
-        "saved_nanousd": tried.saved_nanousd,
+        "saved_nanousd": tried.saved_nanousd + call.reused_nanousd,
     }
     for name, value in row.items():
         assert value == of_attempts.get(name, getattr(call, name, None)), name

@@ -185,6 +185,7 @@ def call_from_columns(call: Mapping[str, Any], tried: Iterable[Mapping[str, Any]
         fields = {name: attempt[name] for name in AttemptRow.__struct_fields__ if name in attempt}
         row.attempts.append(AttemptRow(**{**fields, "usage": decode_usage(fields["usage"])}))
     row.attempts.sort(key=_number)
+    row.reused_nanousd = call["saved_nanousd"] - sum(attempt.saved_nanousd for attempt in row.attempts)
     return row
 
 
