@@ -383,6 +383,16 @@ def test_a_deadline_is_kept_while_others_write(scripted: Desk, upstream: Scripte
         assert reply.status == 200 or reply.error["details"]["error_code"] == "queue_deadline"
 
 
+def test_bad_requests_of_one_prompt_are_not_refused_one_after_another(
+    scripted: Desk, upstream: ScriptedUpstream
+) -> None:
+    make = sending(scripted, upstream, prompt())
+    bad = (0.1, *failing(400, "invalid_request_error"))
+    replies = run(together(*(make(bad)[1] for _ in range(60))))
+    assert {reply.status for reply in replies} == {400}
+    assert max(reply.elapsed_s for reply in replies) < 3.0, "6 s in a row"
+
+
 def test_nobody_waits_for_a_prefix_that_is_alive(desk: Desk) -> None:
     system = prompt()
     for number in range(2):
