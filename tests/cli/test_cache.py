@@ -50,6 +50,7 @@ def test_lint_says_where_and_exits_with_one_on_an_error(headgate) -> None:
     assert done.returncode == 1
     assert "bad.md:2:7: error: placeholder: " in done.stdout
     assert "good.md:1:42: note: user_id: " in done.stdout
+    assert done.stdout.endswith("2 files, 1 error, 1 note\n")
     clean = headgate.json("cache", "lint", "good.md")
     assert (clean["errors"], clean["notes"]) == (0, 1)
     answer = json.loads(headgate("cache", "lint", "bad.md", "--json").stdout)

@@ -87,6 +87,21 @@ def test_the_bill_is_the_sum_of_its_parts(headgate) -> None:
     assert "claude-sonnet-4-6" in said
 
 
+@pytest.mark.usefixtures("ledger")
+def test_of_a_crowd_the_bill_shows_who_costs_most_and_the_sum_of_the_rest(headgate) -> None:
+    engine = open_database(headgate.data, now_ns=time.time_ns)
+    call = {"at_ns": time.time_ns(), "model": "claude-sonnet-4-6", "state": "settled", "outcome": "completed"}
+    with engine.begin() as connection:
+        people = [{"call_id": f"c{n}", "user_id": f"u{n}", "cost_nanousd": 100_000 + n} | call for n in range(25)]
+        connection.execute(sa.insert(calls_table), people)
+    engine.dispose()
+    said = headgate("bill").stdout
+    assert "u24" in said
+    assert "u0 " not in said
+    kinds = headgate.json("bill")["by_user"]
+    assert f"and {len(kinds) - 20} more, together $0.000" in said
+
+
 def test_reports_of_an_empty_ledger_are_empty_and_not_an_error(headgate) -> None:
     assert headgate.json("usage")["rows"] == []
     assert headgate.json("calls") == {"calls": [], "cursor": None}

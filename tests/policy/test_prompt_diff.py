@@ -274,3 +274,15 @@ def test_texts_of_files_are_compared_by_their_bytes():
 
 def test_every_cause_has_its_mend():
     assert set(MENDS) == set(CAUSES)
+
+
+def test_of_messages_no_name_of_a_key_is_shown():
+    def asked(*keys):
+        used = {"type": "tool_use", "id": "t", "name": "find", "input": dict.fromkeys(keys, 1)}
+        return prompt(messages=[*turns("hi"), {"role": "assistant", "content": [used]}, *turns("and", "so", "on")])
+
+    for one, other in ((("Lan", "Minh"), ("Minh", "Lan")), (("Lan",), ("Lan", "Minh")), (("Lan",), ("Minh",))):
+        found = compare(asked(*one), asked(*other))
+        assert found is not None
+        assert found.part == "messages"
+        assert not any(name in found.before + found.after for name in ("Lan", "Minh"))

@@ -28,6 +28,10 @@ def body(value, **dump):
         ("Hôm nay: 24/11/2026", "24/11/2026", "date"),
         ("Trace 550e8400-e29b-41d4-a716-446655440000.", "550e8400-e29b-41d4-a716-446655440000", "uuid"),
         ("user_id: 48213", "48213", "user_id"),
+        ("The user is user_id: u-48213 (Lan).", "u-48213", "user_id"),
+        ("Mã khách hàng KH-20931 của lan", "KH-20931", "user_id"),
+        ("Phiên: a81f9c2b77d04e1e", "a81f9c2b77d04e1e", "random_token"),
+        ("Chào ${ten_khach}", "${ten_khach}", "placeholder"),
         ("You talk to user: lan@example.vn", "lan@example.vn", "user_id"),
         ("This is request 1234.", "1234", "counter"),
         ("Session #4711 of many", "4711", "counter"),
@@ -53,6 +57,7 @@ def test_what_varies_is_an_error_at_its_line_and_column(text, value, cause):
         "Call 1900 1234, 0909 123 456 or +84 28 3822 1234.",
         "We are open from 8:00 to 17:30, on Sunday from 10:00.",
         "Answer in JSON like {answer} with {foo} and {bar_baz}.",
+        "Mã khách hàng gồm 8 chữ số; người dùng là khách: xem trang 4",
         "Version 2.12.0 of 24 November 2026 has 1234 pages.",
         "Keep a message below 500 characters and a session under 120 minutes.",
         "A request of 2026 is old. HTTP 429 means that you wait.",
@@ -128,3 +133,10 @@ def test_no_text_makes_it_raise(text):
 
 def test_a_file_full_of_findings_has_so_many_and_no_more():
     assert len(lint(text_file("request 1234\n" * 1_000))) == FINDINGS_MAX
+
+
+def test_an_address_is_a_note_in_words_of_its_own_and_a_broken_file_is_told_what_it_is():
+    (found,) = lint(text_file("Write to help@huong.example, please."))
+    assert (found.severity, found.message.split(".")[0]) == ("note", "An e-mail address")
+    with pytest.raises(UnreadablePrompt, match=r"^it is not valid JSON: .*[^.]\. It should be a Messages body"):
+        read(b"not json", is_json=True)

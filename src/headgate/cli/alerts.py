@@ -31,6 +31,9 @@ def alerts(
     if as_json:
         output.print_json(alerts_json(found))
         return
+    if not found:
+        print("No alert in this span.")
+        return
     output.print_table(
         ("id>", "at", "kind", "subject", "ended", "message"),
         [

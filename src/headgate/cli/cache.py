@@ -44,7 +44,7 @@ def report(
         output.print_json(cache_report.cache_json(found))
         return
     if not found.families:
-        print("No family of prompts was seen in this span.")
+        print("No prompt was seen in this span.")
         return
     rows = [_cells(row) for row in found.families]
     output.print_table(REPORT_COLUMNS, [*rows, ("total", "", "", "", *_cells(found.total)[4:])])
@@ -79,13 +79,14 @@ def lint(
             parted = prompt_files.compare_files(files[at - 1], file)
             found += [] if parted is None else [(path, parted)]
     errors = sum(one.severity == "error" for _, one in found)
+    notes = len(found) - errors
     if as_json:
         rows = [{"file": str(path), **msgspec.structs.asdict(one)} for path, one in found]
-        output.print_json({"findings": rows, "errors": errors, "notes": len(found) - errors})
+        output.print_json({"findings": rows, "errors": errors, "notes": notes})
     else:
         for path, one in found:
             print(f"{path}:{one.line}:{one.column}: {one.severity}: {one.cause}: {one.message} [{one.snippet}]")
-        print(f"{len(files)} files, {errors} errors, {len(found) - errors} notes")
+        print(", ".join(output.count(*each) for each in ((len(files), "file"), (errors, "error"), (notes, "note"))))
     if errors:
         raise typer.Exit(Exit.FAILED)
 
@@ -133,17 +134,19 @@ def _percent(share: float | None) -> str:
 
 def _print_findings(found: CacheReport) -> None:
     for row in found.families:
-        if not (row.findings or row.anthropic or row.ttl_reason):
+        # A TTL that nothing speaks against needs no reason; --json has them all.
+        if not (row.findings or row.anthropic or row.ttl == "1h"):
             continue
         print(f"\n{row.family}  {row.endpoint or '–'}  {row.model}")
         if row.ttl_reason:
-            print(f"  TTL {row.ttl or 'none'}: {row.ttl_reason}")
+            print(f"  TTL {row.ttl or 'none'}: {row.ttl_reason.removeprefix(f'{row.ttl}: ')}")
         for one in row.findings:
             where = f"{one.part}, byte {one.byte:,}"
-            print(f"  {one.cause} in {where}: {one.count:,} times, lost {output.usd(one.lost_nanousd)}. {one.message}")
+            times = output.count(one.count, "time")
+            print(f"  {one.cause} in {where}: {times}, lost {output.usd(one.lost_nanousd)}.\n    {one.message}")
             print(f"    before: {one.before}\n    after:  {one.after}")
         for theirs in row.anthropic:
             missed = "" if theirs.missed_tokens is None else f", the latest missed {theirs.missed_tokens:,} tokens"
-            print(f"  Anthropic: {theirs.type}, {theirs.count:,} times{missed}")
+            print(f"  Anthropic says: {theirs.type}, {output.count(theirs.count, 'time')}{missed}")
     if found.left_out:
         print(f"\n{found.left_out:,} more families; --json has the totals of all.")

@@ -141,7 +141,8 @@ def _print(
         ],
     )
     print(
-        f"\nThe last two hold {output.usd(target_nanousd)} with caching alone. {verdict(plans, held, target_nanousd)}\n"
+        f"\nThe last two columns: the longest answers, or the most requests, that caching alone holds under "
+        f"{output.usd(target_nanousd)} a month.\n{verdict(plans, held, target_nanousd)}\n"
     )
     output.print_table(
         ("at the peak", "requests/min>", "input/min>", "output/min>", "needs"),

@@ -254,12 +254,16 @@ def _price_cells(catalog: Catalog, model: Model, row: PriceRow, batch: Fraction,
     notes: list[str] = [model.status] if model.status != "active" else []
     notes += [row.speed] if row.speed != "standard" else []
     notes += [f"> {row.prompt_over:,}"] if row.prompt_over else []
-    halves = (
-        () if row.speed != "standard" else tuple(f"{float(Fraction(x) * batch):g}" for x in (row.input, row.output))
-    )
-    prices_of = tuple(f"{getattr(row, kind):f}" for kind in _KINDS)
+    halves = () if row.speed != "standard" else tuple(_dollars(Fraction(x) * batch) for x in (row.input, row.output))
+    prices_of = tuple(_dollars(Fraction(getattr(row, kind))) for kind in _KINDS)
     dates = (str(row.effective_from), str(row.effective_to or ""), catalog.sources[row.source].title)
     return (model.id, ", ".join(notes), *prices_of, *(halves or ("–", "–")), *(dates if history else ()))
+
+
+def _dollars(price: Fraction) -> str:
+    """`10.00`, `0.125`: cents, and what is below them where there is something."""
+    cents, digits = f"{float(price):.2f}", f"{float(price):g}"
+    return cents if Fraction(cents) == price else digits
 
 
 def _price_json(catalog: Catalog, model: Model, row: PriceRow) -> dict[str, object]:

@@ -55,12 +55,13 @@ def reconcile(
     first_day = day_of(inputs.moment_ns(since, now_ns=now_ns))
     # A day that has begun by `until` is compared whole: the report has dollars by day only.
     end_day = day_of(now_ns) if until is None else day_of(inputs.moment_ns(until, now_ns=now_ns) - 1) + 1
-    if not 0 < end_day - first_day <= DAYS_MAX:
+    span = f"from {date_text(first_day)} until {date_text(end_day)}"
+    if end_day <= first_day:
         raise CommandError(
-            Exit.USAGE,
-            f"from {date_text(first_day)} until {date_text(end_day)} there is no whole day to compare, or more than "
-            f"{DAYS_MAX}. Today is left out unless --until says otherwise.",
+            Exit.USAGE, f"{span} there is no whole day to compare. Today is left out unless --until says otherwise."
         )
+    if end_day - first_day > DAYS_MAX:
+        raise CommandError(Exit.USAGE, f"{span} are {end_day - first_day:,} days; at most {DAYS_MAX} are compared.")
     settings = stores.settings()
     catalog = packaged()
     try:

@@ -103,6 +103,9 @@ def _ttl(text: str | None) -> Ttl | None:
 
 
 def _print(found: Projection) -> None:
+    if not found.requests:
+        print("No call of this span is in the ledger.")
+        return
     columns = ("", "input>", "cache read>", "write 5m>", "write 1h>", "output>", "cost>")
     output.print_table(
         columns,

@@ -21,9 +21,11 @@ USAGE_COLUMNS = (
     *("requests>", "errors>", "input>", "cache read>", "cache write>", "output>", "cost>", "saved>"),
     *("p50>", "p95>", "first byte p50>", "p95>"),
 )
+BILL_ROWS_MAX = 20
+"""Of one table of the bill, but for its days; those that cost most come first."""
 BILL_COLUMNS = (
-    *("requests>", "input>", "cache read>", "cache write>", "output>", "cached>"),
-    *("cost>", "saved>", "share>"),
+    *("requests>", "cost>", "share>", "saved>"),
+    *("input>", "cache read>", "cache write>", "output>", "cached>"),
 )
 
 
@@ -90,10 +92,13 @@ def bill(as_json: AsJson = False) -> None:
         return
     projection, total = report.projection, report.total
     print(f"{report.month}: {output.usd(total.cost_nanousd)} for {total.requests:,} requests, so far")
+    if not total.requests:
+        return
     if projection.projected_nanousd is None:
-        print("too early in the month to tell where it is heading")
+        print("there is no whole day yet that tells where it is heading")
     else:
-        print(f"heading for {output.usd(projection.projected_nanousd)}, by the last {projection.rate_days} days")
+        by = "the last day" if projection.rate_days == 1 else f"the last {projection.rate_days} days"
+        print(f"heading for {output.usd(projection.projected_nanousd)}, by {by}")
     if report.cached_share is not None:
         by_cache = output.usd(total.saved_nanousd - total.reused_nanousd)
         print(f"read from the cache: {report.cached_share:.0%} of prompt tokens; saved {by_cache}")
@@ -118,15 +123,18 @@ def _print_bill_of(group_by: GroupBy, rows: Sequence[UsageRow], *, month_nanousd
         (
             row.group or "–",
             f"{row.requests:,}",
+            output.usd(row.cost_nanousd),
+            f"{row.cost_nanousd / month_nanousd:.0%}" if month_nanousd else "–",
+            output.usd(row.saved_nanousd),
             *_token_cells(row),
             _share_cell(reports.cached_share(row)),
-            output.usd(row.cost_nanousd),
-            output.usd(row.saved_nanousd),
-            f"{row.cost_nanousd / month_nanousd:.0%}" if month_nanousd else "–",
         )
-        for row in rows
+        for row in (rows if group_by == "day" else rows[:BILL_ROWS_MAX])
     ]
     output.print_table((group_by, *BILL_COLUMNS), cells)
+    if len(rows) > len(cells):
+        rest = sum(row.cost_nanousd for row in rows[len(cells) :])
+        print(f"and {len(rows) - len(cells):,} more, together {output.usd(rest)}; --json has them all")
 
 
 def _share_cell(share: float | None) -> str:

@@ -40,7 +40,7 @@ _COUNTER = re.compile(
 )
 _YEAR = re.compile(r"(?:19|20)\d\d")
 _TOKEN_LABEL = re.compile(
-    r"(?i)(?<![A-Za-z])(?:session|trace|nonce|request|run|correlation|conversation|seed|cache.?bust\w*)"
+    r"(?i)(?<![A-Za-z])(?:session|trace|nonce|request|run|correlation|conversation|seed|cache.?bust\w*|phiên|yêu cầu)"
     r"(?:[ _-]?(?:id|token|key))?[\"']?\s?[:=]\s?[\"']?(?P<value>[A-Za-z0-9_+/=.-]{8,256})"
 )
 _PLACEHOLDER = re.compile(
@@ -48,10 +48,13 @@ _PLACEHOLDER = re.compile(
     r"|<%=?\s*(?P<c>[\w.]{1,64})\s*%>|(?<![{$\w])\{(?P<d>[a-z][a-z0-9_]{0,63})\}(?!\})"
 )
 _VARYING_NAME = re.compile(
-    r"(?i)(?:^|[_.\s])(?:user\w*|customer\w*|client\w*|account\w*|member\w*|e?mail|name|id|uuid|guid|now|today|time"
+    r"(?i)(?:^|[_.\s])(?:khach\w*|nguoi_dung|ten|ma|ngay|gio|hom_nay|bay_gio|phien|cau_hoi|lich_su|tin_nhan|user\w*|customer\w*|client\w*|account\w*|member\w*|e?mail|name|id|uuid|guid|now|today|time"
     r"|timestamp|date|datetime|session\w*|request\w*|conversation\w*|trace\w*|nonce|random|seed|counter|question|query"
     r"|history|message|input)(?:$|[_.\s|])"
 )
+
+
+_ADDRESS = "An e-mail address. Where it is the user's and not your own, put it into the last user message."
 
 
 class UnreadablePrompt(ValueError):
@@ -99,7 +102,8 @@ def read(data: bytes, *, is_json: bool) -> PromptFile:
         fields = request.fields
         model = request.model if "model" in fields else ""
     except (InvalidBody, IndexError) as error:
-        raise UnreadablePrompt(f"{error} It should be a Messages body, or have system or tools") from None
+        wrong = str(error).replace("The request body", "it").rstrip(".")
+        raise UnreadablePrompt(f"{wrong}. It should be a Messages body, or have system or tools") from None
     if not {"system", "tools", "messages"} & fields.keys():
         raise UnreadablePrompt("it has none of system, tools and messages; a text belongs into a file .md or .txt")
     raws = {name: fields[name].of(data) if name in fields else b"" for name in ("tools", "system", "messages")}
@@ -118,13 +122,13 @@ def lint(file: PromptFile, *, min_tokens: int = 0) -> list[FileFinding]:
         whole = file.data.decode()
         for start, end, cause, severity in scan_text(whole)[:FINDINGS_MAX]:
             at = len(whole[:start].encode())
-            found.append(_at(file, at, cause, severity, MENDS[cause], whole[start:end]))
+            found.append(_at(file, at, cause, severity, _mend(cause, severity), whole[start:end]))
     else:
         for raw_at, raw in _texts(file):
             text = msgspec.json.decode(raw, type=str)
             for start, end, cause, severity in scan_text(text)[: FINDINGS_MAX - len(found)]:
                 at = raw_at + raw_offset(raw, start)
-                found.append(_at(file, at, cause, severity, MENDS[cause], text[start:end]))
+                found.append(_at(file, at, cause, severity, _mend(cause, severity), text[start:end]))
         of_marks = check(file.parts, min_tokens=min_tokens)
         if of_marks is not None:
             shown = " and ".join(filter(None, (of_marks.before, of_marks.after)))
@@ -195,6 +199,10 @@ def _candidates(text: str) -> Iterator[tuple[int, int, Cause, Severity]]:
 
 def _before(label: re.Pattern[str], text: str, at: int) -> bool:
     return label.search(text[max(at - 64, 0) : at]) is not None
+
+
+def _mend(cause: Cause, severity: Severity) -> str:
+    return _ADDRESS if (cause, severity) == ("user_id", "note") else MENDS[cause]
 
 
 def _texts(file: PromptFile) -> Iterator[tuple[int, bytes]]:

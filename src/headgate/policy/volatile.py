@@ -47,12 +47,14 @@ DATE = re.compile(rf"{_HEAD}(?:{_DATE}|{_WEEKDAY}(?![a-z]))(?!\d)")
 UUID = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}(?![0-9A-Fa-f])")
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})+")
 LABELLED_USER = re.compile(
-    r"(?i)(?<![A-Za-z])(?:user|customer|account|member|client|tenant|patient|student|employee"
+    r"(?i)(?<![A-Za-z])(?:(?:user|customer|account|member|client|tenant|patient|student|employee"
     r"|khách hàng|khách|người dùng|nhân viên|học viên)"
     r"(?:['’]s)?(?:[ _-]?(?:id|no\.?|number|name|code|mã|tên|số))?[\"']?(?:\s?[:=#]\s?|\s(?:is|là)\s)[\"'<]?"
-    r"(?P<value>[\w@+][\w.@+-]{0,63})"
+    r"|mã (?:khách hàng|khách|người dùng|nhân viên|học viên)\s)"
+    # A word that is followed by a colon is a label itself: `the user is user_id: 17`.
+    r"(?P<value>(?![\w.@+-]+\s?[:=#])[\w@+][\w.@+-]{0,63})"
 )
-"""`user_id: 48213`, `User: lan`, `customer number is 17`."""
+"""`user_id: 48213`, `User: lan`, `customer number is 17`, `mã khách hàng KH-17`."""
 USER_TOKEN = re.compile(r"(?<![A-Za-z0-9_-])(?:usr|user|uid|cus|cust|acct)[_-][A-Za-z0-9]{2,64}(?![A-Za-z0-9])")
 COUNTER = re.compile(
     r"(?:(?<=[A-Za-z][-_#])|(?<![\w.,$€£₫%/:-]))\d{1,9}"
