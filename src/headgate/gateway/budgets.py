@@ -63,6 +63,9 @@ class TierCaps(Record, frozen=True, gc=False):
     total: Caps = Caps()
 
 
+_NO_CAPS = TierCaps()
+
+
 class BudgetRules(Record, frozen=True):
     """What the settings say about money."""
 
@@ -93,21 +96,21 @@ def accounts_of(principal: Principal, user: str, tier: str, rules: BudgetRules) 
     `user` and `tier` are those the call is attributed to (and the ledger has), which an app may name.
     """
     name = tier if tier in rules.tiers else DEFAULT_TIER
-    of_tier = rules.tiers.get(name, TierCaps())
-    everybody = rules.everybody
-    if rules.alert_day_nanousd is not None and everybody.day_nanousd is None:
-        everybody = Caps(COUNTED, everybody.month_nanousd)
-    found = (
-        (f"user:{user}", of_tier.person),
-        (f"key:{principal.key_id}", Caps(principal.budget_day_nanousd, principal.budget_month_nanousd)),
-        (f"tier:{name}", _total(name, of_tier.total, rules.everybody)),
-        (EVERYBODY, everybody),
-    )
-    return tuple(
-        Account(account, caps.day_nanousd, caps.month_nanousd)
-        for account, caps in found
-        if caps.day_nanousd is not None or caps.month_nanousd is not None
-    )
+    of_tier = rules.tiers.get(name, _NO_CAPS)
+    person, total, everybody = of_tier.person, _total(name, of_tier.total, rules.everybody), rules.everybody
+    day, month = everybody.day_nanousd, everybody.month_nanousd
+    if rules.alert_day_nanousd is not None and day is None:
+        day = COUNTED
+    found = []
+    if person.day_nanousd is not None or person.month_nanousd is not None:
+        found.append(Account(f"user:{user}", person.day_nanousd, person.month_nanousd))
+    if principal.budget_day_nanousd is not None or principal.budget_month_nanousd is not None:
+        found.append(Account(f"key:{principal.key_id}", principal.budget_day_nanousd, principal.budget_month_nanousd))
+    if total.day_nanousd is not None or total.month_nanousd is not None:
+        found.append(Account(f"tier:{name}", total.day_nanousd, total.month_nanousd))
+    if day is not None or month is not None:
+        found.append(Account(EVERYBODY, day, month))
+    return tuple(found)
 
 
 def refused(verdict: MoneyVerdict, now_ns: int) -> Refused:
@@ -200,7 +203,7 @@ class SeedTimes:
 
 
 def _total(name: str, total: Caps, everybody: Caps) -> Caps:
-    if name != DEFAULT_TIER:
+    if name != DEFAULT_TIER or (everybody.day_nanousd is None and everybody.month_nanousd is None):
         return total
     return Caps(_free(total.day_nanousd, everybody.day_nanousd), _free(total.month_nanousd, everybody.month_nanousd))
 

@@ -306,4 +306,4 @@ class PromptCaching:
 
 def _is_claude_code(header_lines: bytes) -> bool:
     lines = header_lines.lower()
-    return any(token in lines for token in _CLAUDE_CODE)
+    return _CLAUDE_CODE[0] in lines or _CLAUDE_CODE[1] in lines

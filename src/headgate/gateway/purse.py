@@ -88,7 +88,7 @@ class Purse:
         self._accounts: tuple[Account, ...] = budgets.accounts_of(principal, user, tier, rules)
         day_caps = {one.id: one.day_nanousd for one in self._accounts}
         self._user_cap_nanousd = day_caps.get(f"user:{user}")
-        self._key_cap_nanousd = day_caps.get(f"key:{principal.key_id}")
+        self._key_cap_nanousd = principal.budget_day_nanousd
         self._call_id = call_id
         self._user = user
         self._key_id = principal.key_id

@@ -35,7 +35,7 @@ from headgate.policy.forecast import prefixes as caller_prefixes
 from headgate.policy.prompt_families import Families, Family, FamilyView, Prefix, Scope, sign
 from headgate.policy.records import Record
 from headgate.wire.catalog import DAY_NS, Catalog, Model, Price
-from headgate.wire.message import MessageRequest, Splice, splice
+from headgate.wire.message import MessageRequest, Span, Splice, splice
 from headgate.wire.prompt import (
     NO_PART,
     Part,
@@ -255,14 +255,13 @@ class PromptCache:
         rates = self._rates(known_model, at_ns)
         choice = self._ttl(family, known_model, rates)
         bound = known_model.released >= BINDING_SINCE and has_thoughts(messages)
-        choices, why = self._choose(
+        choices, why, last = self._choose(
             scope, family, known_model, static, messages, rates, choice.ttl, now, bound=bound, learn=not warming
         )
         tail = self._goes_on(scope, rates, spoken) and self._long_enough(family, known_model, static, messages, choices)
         if not warming:
             self._families.turn(scope, turn_from, turn_to, now)
-        longest = choices[-1] if choices else None
-        prefix, tokens = self._longest(scope, family, known_model, model_id, static, longest)
+        prefix, tokens = self._longest(family, known_model, static, choices[-1] if choices else None, last)
         family.model, family.prefix_tokens = model_id, tokens
         if warming or not mark:
             reason = "cache:warming" if warming else "cache:off"
@@ -402,20 +401,20 @@ class PromptCache:
         *,
         bound: bool,
         learn: bool,
-    ) -> tuple[list[_Choice], list[str]]:
-        """Static marks in the order of the prompt, those that matter least first, and why."""
+    ) -> tuple[list[_Choice], list[str], Prefix | None]:
+        """Static marks in the order of the prompt, those that matter least first; why; and the longest prefix."""
         boundaries = static.boundaries
         found = self._touch(scope, family, model.id, static)
-        fits = [
-            each.mark_at >= 0 and not (bound and each.is_string) and self._reaches(family, model, known, each)
-            for each, known in zip(boundaries, found, strict=True)
-        ]
-        # What is expected of a prefix that is new comes from before it was counted.
-        expected = {
-            at: scope.expected_reads(family, boundaries[at].depth, ttl)
-            for at, known in enumerate(found)
-            if known.last == -inf
-        }
+        fits: list[bool] = []
+        expected: dict[int, float] = {}
+        for at, known in enumerate(found):
+            each = boundaries[at]
+            fits.append(
+                each.mark_at >= 0 and not (bound and each.is_string) and self._reaches(family, model, known, each)
+            )
+            if known.last == -inf:
+                # What is expected of a prefix that is new comes from before it was counted.
+                expected[at] = scope.expected_reads(family, each.depth, ttl)
         if learn:
             _learn(scope, family, static, found, now)
         why: list[str] = []
@@ -437,12 +436,14 @@ class PromptCache:
         if chosen >= 0:
             extra = self._shorter(static, found, fits, chosen, is_new=chosen in expected) if chosen else ()
             choices = [self._choice(model, boundaries[at], found[at]) for at in (*extra, chosen)]
-        document = self._document(scope, family, model, static, messages, rates, now, learn=learn)
-        if document is not None:
-            choices.append(document)
-            why.append("cache:document:seen")
+        spans = first_spans(messages)
+        if spans and len(spans) <= _FIRST_BLOCKS_MAX:
+            document = self._document(scope, family, model, static, messages, spans, rates, now, learn=learn)
+            if document is not None:
+                choices.append(document)
+                why.append("cache:document:seen")
         # Whoever cuts the list to its slots takes from the front: tools first, then shorter prefixes.
-        return choices, why
+        return choices, why, found[-1] if found else None
 
     def _shorter(
         self, static: _Static, found: list[Prefix], fits: list[bool], chosen: int, *, is_new: bool
@@ -466,15 +467,13 @@ class PromptCache:
         model: Model,
         static: _Static,
         messages: bytes,
+        spans: list[Span],
         rates: _Rates,
         now: float,
         *,
         learn: bool,
     ) -> _Choice | None:
-        """The last large block of the first message, where its prefix comes back."""
-        spans = first_spans(messages)
-        if not spans or len(spans) > _FIRST_BLOCKS_MAX:
-            return None
+        """The last large block of the first message, whose blocks lie at `spans`, where its prefix comes back."""
         text, digest = static.text, static.digest
         candidates: list[_Boundary] = []
         for span in spans:
@@ -545,20 +544,16 @@ class PromptCache:
     # ------------------------------------------------------------------ telling
 
     def _longest(
-        self, scope: Scope, family: Family, model: Model, model_id: str, static: _Static, longest: _Choice | None
+        self, family: Family, model: Model, static: _Static, longest: _Choice | None, last: Prefix | None
     ) -> tuple[str, int]:
-        """Digest and tokens of the longest prefix that is marked, or of all tools and system."""
+        """Digest and tokens of the longest prefix that is marked, or of all tools and system, of which `last` is."""
         if longest is not None:
-            known, what, digest = longest.known, longest.boundary, longest.boundary.digest
-        elif static.boundaries:
-            what, digest = static.boundaries[-1], static.boundaries[-1].digest
-            found = self._families.prefix(scope, model_id, digest)
-            if found is None:
-                return digest.hex(), round(self._corrected(family, model, what))
-            known = found
+            known, what = longest.known, longest.boundary
+        elif last is not None:
+            known, what = last, static.boundaries[-1]
         else:
             return "", 0
-        return digest.hex(), known.tokens or round(self._corrected(family, model, what))
+        return what.digest.hex(), known.tokens or round(self._corrected(family, model, what))
 
     def _marked(
         self,
