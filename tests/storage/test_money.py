@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -17,7 +18,7 @@ from headgate.storage.database import begin_write
 from headgate.storage.fold import AttemptRow, CallRow, ending_of_orphan
 from headgate.storage.interfaces import Money
 from headgate.storage.ledger_tables import LedgerTables
-from headgate.storage.money import LocalMoney, ledger_reader, spent, spent_statement
+from headgate.storage.money import LocalMoney, ledger_name, ledger_reader, spent, spent_statement
 from headgate.storage.tables import calls
 from headgate.wire.catalog import packaged
 
@@ -251,3 +252,11 @@ def test_a_month_of_a_million_and_a_half_calls_is_read_in_seconds(engine):
     took_s = time.process_time() - started_at
     assert len(found.sums) == 2 * (2_000 + 50 + 1 + 1)
     assert took_s < 10, "measured"
+
+
+def test_a_ledger_has_one_name_whoever_asks_first(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        names = set(pool.map(lambda _: ledger_name(tmp_path), range(32)))
+    assert len(names) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger-name"]
+    assert ledger_name(tmp_path) in names

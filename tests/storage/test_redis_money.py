@@ -494,3 +494,16 @@ def test_without_the_package_the_start_says_what_to_install(monkeypatch):
 def test_an_address_that_cannot_be_meant_stops_the_start():
     with pytest.raises(RedisMissing, match="looks like redis://"):
         RedisMoney("localhost", clock=time.monotonic, now_ns=time.time_ns, read=LedgerOf(), replicas=lambda: 1)
+
+
+def test_a_count_of_two_ledgers_is_corrected_by_neither(standing):
+    script = Script(standing)
+    begun = correcting(corrections(Cut(NOON_NS, {}), Spent(NOON_NS, {f"{AT.day}:all": 7})), "g", NOON_NS, "one")
+    script.run([begun], 1.0)
+    own = correcting(corrections(Cut(NOON_NS, {f"{AT.day}:all": 7}, (), "g"), Spent(NOON_NS, {})), "", NOON_NS, "one")
+    other = correcting(corrections(Cut(NOON_NS, {f"{AT.day}:all": 7}, (), "g"), Spent(NOON_NS, {})), "", NOON_NS, "two")
+    answers = [msgspec.msgpack.decode(script.run([each], 1.0)[1][0]) for each in (other, own)]
+    assert answers == [2, 2], "what one lacks the other has"
+    _, (answer,) = script.run([(6, [(AT.day, "all")])], 1.0)
+    assert msgspec.msgpack.decode(answer) == [7, 0]
+    script.close()

@@ -96,7 +96,7 @@ def split(replies: list[Reply]) -> tuple[list[Reply], list[Reply]]:
 
 
 def held_for(body: bytes) -> int:
-    """What is held for a message of text: 2 tokens for each estimated one and 1,000 more, and `max_tokens`, in the US."""
+    """What is held for a message of text: twice the estimate and 1,000 tokens, and `max_tokens`, all in the US."""
     request = scan(body)
     tokens = prompt_tokens_max(body, input_tokens(request))
     return upper_bound(tokens, request.max_tokens, request.model, time.time_ns(), packaged(), cache_writes="none")

@@ -49,7 +49,7 @@ from headgate.storage.interfaces import Limits, Money
 from headgate.storage.keys import LocalKeyRing
 from headgate.storage.ledger import LocalLedger
 from headgate.storage.limits import LocalLimits
-from headgate.storage.money import LocalMoney, ledger_reader
+from headgate.storage.money import LocalMoney, ledger_name, ledger_reader
 from headgate.storage.redis_answers import RedisAnswers
 from headgate.storage.redis_limits import RedisLimits, RedisMissing
 from headgate.storage.redis_money import RedisMoney
@@ -276,6 +276,7 @@ class Gateway:
             now_ns=time.time_ns,
             read=read,
             replicas=lambda: limits.replicas,
+            ledger=ledger_name(self._settings.data_dir),
         )
         await money.start()
         stack.push_async_callback(money.close)

@@ -248,11 +248,17 @@ local function cut(op)
   return { sums, held }
 end
 
--- {8, generation it is for, a new one, {period, ...}, {period, account, delta, ...}, {id, ...}, {{id, nanousd, windows}, ...}}
--- -> 1, or 0: somebody else was first
+-- {8, generation it is for, a new one, {period, ...}, {period, account, delta, ...}, {id, ...}, {{id, nanousd, windows}, ...},
+--  whose ledger}
+-- -> 1, or 0: somebody else was first, or 2: processes with ledgers of their own share this count, and what one of them
+-- reads lacks what the others spent. Then nobody corrects it, and what has expired stays booked.
 local function correct(op)
   local deltas = op[5]
   if op[2] ~= generation then return 0 end
+  if generation ~= '' then
+    if redis.call('HGET', GENERATION, 'ledger') ~= op[8] then redis.call('HSET', GENERATION, 'mixed', 1) end
+    if redis.call('HEXISTS', GENERATION, 'mixed') == 1 then return 2 end
+  end
   if generation == '' then
     -- Begun anew: what may be left of before does not count.
     for _, index in ipairs(INDEX) do
@@ -262,7 +268,7 @@ local function correct(op)
     redis.call('DEL', GENERATION)
     for _, period in ipairs(op[4]) do redis.call('DEL', key('period', period)) end
     seen, generation = {}, op[3]
-    redis.call('HSET', GENERATION, 'id', generation)
+    redis.call('HSET', GENERATION, 'id', generation, 'ledger', op[8])
   end
   local by_period = {}
   for at = 1, #deltas, 3 do

@@ -7,7 +7,10 @@ corrected by. What it is not: the budgets of several processes (`redis_money.py`
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
@@ -103,6 +106,25 @@ class LocalMoney:
         if now >= self._expire_at:
             self._expire_at = now + EXPIRE_EVERY_S
             self._budgets.expire(now)
+
+
+def ledger_name(data_dir: Path) -> str:
+    """The name of the ledger in this directory, which its processes share: made at random by the first of them.
+
+    Raises OSError where it cannot be kept.
+    """
+    file = data_dir / "ledger-name"
+    if not file.exists():
+        fresh = data_dir / f"ledger-name.{secrets.token_hex(8)}"
+        fresh.write_text(secrets.token_hex(16))
+        try:
+            # Of several that start together one is first, and its name is whole when it can be seen.
+            os.link(fresh, file)
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    return file.read_text()
 
 
 def tell_unread(error: Exception) -> None:

@@ -10,6 +10,9 @@ that all of them together pass a cap by no more than what the others took in the
 they took of accounts that this process had not asked for. Where nothing is known, not even from the ledger: 2 % of
 the cap, and fifty cents at most (failure-model §2.5). Nothing is let through because something failed.
 
+Processes that share a Redis and not a ledger share the count for as long as Redis keeps it, and no reading corrects
+it: what one ledger lacks may stand in another. When Redis loses it, it begins with what the first one's ledger has.
+
 Nothing reserved is lost: reservations in Redis end by their lease into their whole bound, until they are settled; what
 was decided here meanwhile is told to Redis when it is back; and a reading of the ledger sets right what was not.
 """
@@ -159,9 +162,11 @@ class RedisMoney:
         read: ReadSpent,
         replicas: Callable[[], int],
         tag: str = TAG,
+        ledger: str = "",
     ) -> None:
         """`clock` gives monotonic seconds, `now_ns` UTC nanoseconds; `replicas` counts the living processes, this one
         with them, as last known (`RedisLimits.replicas`).
+        `ledger` names what `read` reads: only who reads the same may correct a count.
 
         Raises RedisMissing when the package is not installed or the URL cannot be meant.
         """
@@ -184,6 +189,9 @@ class RedisMoney:
         self._read = read
         self._replicas = replicas
         self._tag = tag
+        self._ledger = ledger
+        self._mixed = ""
+        """The generation that nobody can correct, since its processes have several ledgers."""
         self._sha = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
         self._shared = False
         self._generation = ""
@@ -218,7 +226,7 @@ class RedisMoney:
     @property
     def uncertain(self) -> bool:
         """See `Money.uncertain`."""
-        return self._uncertain or self._expired > 0
+        return (self._uncertain or self._expired > 0) and not (self._mixed and self._mixed == self._generation)
 
     async def start(self) -> None:
         """Returns when Redis answers and has a count, or after a second without; then this process has its share."""
@@ -297,7 +305,7 @@ class RedisMoney:
 
     async def seed(self) -> bool:
         """See `Money.seed`."""
-        if self._task is None or self._closing:
+        if self._task is None or self._closing or (self._mixed and self._mixed == self._generation):
             return False
         if self._seeding is None or self._seeding.done():
             self._seeding = asyncio.get_running_loop().create_task(self._seed())
@@ -398,7 +406,7 @@ class RedisMoney:
         self._known.read(spent)
         found = corrections(Cut(at_ns, {}), spent)
         async with asyncio.timeout(CORRECT_S):
-            reply = await self._call(connection, [correcting(found, secrets.token_hex(8), at_ns)])
+            reply = await self._call(connection, [correcting(found, secrets.token_hex(8), at_ns, self._ledger)])
         first = _read_number(reply.answers[0]) == 1
         self._tell("redis_budgets_counted_anew", first=first, windows=len(found.deltas), open_attempts=len(found.adopt))
         # What was spent here meanwhile may be in that reading, and is told again: the next reading takes it back.
@@ -422,13 +430,21 @@ class RedisMoney:
             spent = await self._read([one.id for one in cut.held], at_ns)
             self._known.read(spent)
             async with asyncio.timeout(CORRECT_S):
-                reply = await self._call(connection, [correcting(corrections(cut, spent), "", at_ns)])
+                reply = await self._call(connection, [correcting(corrections(cut, spent), "", at_ns, self._ledger)])
         except Exception as error:
             tell_unread(error)
             return False
         finally:
             await _drop(connection)
-        if _read_number(reply.answers[0]) == 0:
+        answer = _read_number(reply.answers[0])
+        if answer == 2:
+            self._mixed = cut.generation
+            _log.error(
+                "budgets_of_several_ledgers",
+                mend="gateways that share a Redis and not a data directory keep their budgets for as long as Redis "
+                "does; let them share a database, or give each a Redis of its own",
+            )
+        if answer != 1:
             return False
         self._uncertain = False
         self._expired = reply.expired
@@ -680,8 +696,9 @@ def owing(ask: MoneyAsk, nanousd: int, *, live: bool) -> Sent:
     return _OWE, ask.id, _windows(ask), nanousd, live, ask.lease_s
 
 
-def correcting(found: Corrections, generation: str, at_ns: int) -> Sent:
-    """Corrections as the script takes them; `generation` is the name of the count that may have to be begun."""
+def correcting(found: Corrections, generation: str, at_ns: int, ledger: str = "") -> Sent:
+    """Corrections as the script takes them; `generation` is the name of the count that may have to be begun, `ledger`
+    of what was read."""
     at = periods(at_ns)
     deltas: list[str | int] = []
     for window, delta in found.deltas.items():
@@ -691,7 +708,7 @@ def correcting(found: Corrections, generation: str, at_ns: int) -> Sent:
     for one in found.adopt:
         split = [window.partition(":") for window in one.windows]
         adopt.append((one.id, one.nanousd, [(period, account, -1) for period, _, account in split]))
-    return _CORRECT, found.generation, generation, (at.day, at.month), deltas, found.forget, adopt
+    return _CORRECT, found.generation, generation, (at.day, at.month), deltas, found.forget, adopt, ledger
 
 
 def verdict_of(
