@@ -286,3 +286,15 @@ def test_of_messages_no_name_of_a_key_is_shown():
         assert found is not None
         assert found.part == "messages"
         assert not any(name in found.before + found.after for name in ("Lan", "Minh"))
+
+
+def test_a_greeting_that_all_conversations_have_makes_no_edit_of_two_of_them():
+    greeting = "Welcome to the shop! How can I help you today? " * 5
+    one = turns("Hi", greeting, "Do you have bags?", "Yes.", "Which?")
+    other = turns("Hello 17", greeting, "When do you open?")
+    assert compare(prompt(messages=one), prompt(messages=other)) is None
+    assert compare(prompt(messages=other), prompt(messages=one)) is None
+    edited = compare(
+        prompt(messages=one), prompt(messages=turns("Hello", greeting, *(t["content"] for t in one[2:]), "x"))
+    )
+    assert edited is not None

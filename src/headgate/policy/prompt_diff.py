@@ -507,7 +507,8 @@ def _messages(one: bytes, other: bytes, users: tuple[str, str]) -> Finding | Non
         finding = _finding("messages", found, users)
         assert finding is not None
         later = list(zip(ones[at + 1 :], others[at + 1 :], strict=False))[:_MESSAGES_LOOKED_AT]
-        edited = any(_message(one, a, other, b) is None for a, b in later)
+        # All of it: a greeting from a template comes in every conversation.
+        edited = bool(later) and all(_message(one, a, other, b) is None for a, b in later)
         if edited or _goes_on(found, finding, users) or _block_goes_on(one, x, other, y):
             return finding
         return _turns_dropped(one, ones, other, others, finding) if at == 0 else None
