@@ -237,6 +237,7 @@ class Headgate:
             "HEADGATE_PACING__ITPM": "1000000000",
             "HEADGATE_PACING__OTPM": "1000000000",
             "HEADGATE_TIERS__FREE__RPM": "100000000",
+            "HEADGATE_VELOCITY__USD_PER_10_MIN": "1000000",
         }
         if tls:
             env["SSL_CERT_FILE"] = str(tls.certificate)
