@@ -212,6 +212,7 @@ class PromptCaching:
     def began(self, plan: CachePlan, *, model: str, usage: Usage, message_id: str, diagnostics: bytes) -> None:
         """An answer began: what it read and wrote is known, and everybody who waited for its prefix goes on."""
         self.planner.began(plan, model=model, usage=usage, now=self._clock())
+        self.linter.counted(plan.family, body_bytes=len(plan.body), prompt_tokens=usage.prompt_tokens)
         if self._section.keep_warm:
             self.kept.began(plan, usage)
         if plan.cold:
