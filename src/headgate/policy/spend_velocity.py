@@ -251,8 +251,10 @@ class SpendVelocity:
         now_s = self._forward(now_s)
         subject = self._subject(subject_id, now_s)
         _note(subject, person, cap_day_nanousd)
-        at = subject.in_flight[call_id][0] if call_id in subject.in_flight else now_s
-        _landed(subject, call_id)
+        at = now_s
+        if call_id in subject.in_flight:
+            at = subject.in_flight[call_id][0]
+            _landed(subject, call_id)
         subject.in_flight[call_id] = (at, expected_nanousd)
         subject.in_flight_nanousd += expected_nanousd
         subject.in_flight_unknown += not expected_nanousd
