@@ -215,8 +215,7 @@ async def spend(day: Day, way: str, place: Place, clock: Path, *, tell: bool = F
             wrote = sum(one.write_tokens > day.tokens // 2 for one in burst.billed)
             print(f"{way}: burst {number + 1}, {wrote} writes, {seconds(took_s)}", file=sys.stderr, flush=True)
     if place.operator_url:
-        answered = sum(len(burst.billed) for burst in outcome.bursts)
-        outcome.ledger_nanousd = await asyncio.to_thread(within, 10.0, partial(_ledger, place, answered), "the ledger")
+        outcome.ledger_nanousd = await asyncio.to_thread(_ledger, place, outcome.cost_nanousd())
     return outcome
 
 
@@ -259,10 +258,14 @@ def _is_awake(place: Place) -> bool:
         return False
 
 
-def _ledger(place: Place, answered: int) -> int | None:
-    """The gateway's own bill, once its writer has folded the journal into what is read; None before."""
-    total = get_json(f"{place.operator_url}/admin/usage?group_by=model&since=48h", key=place.key)["total"]
-    return total["cost_nanousd"] if total["requests"] >= answered else None
+def _ledger(place: Place, billed_nanousd: int) -> int:
+    """The gateway's own bill. Its writer folds the journal into what is read within a second: it is given five."""
+    give_up_at, cost = time.monotonic() + 5.0, -1
+    while cost != billed_nanousd and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+        usage = get_json(f"{place.operator_url}/admin/usage?group_by=model&since=48h", key=place.key)
+        cost = usage["total"]["cost_nanousd"]
+    return cost
 
 
 def run(day: Day, ways: Sequence[str], *, logs: Path | None = None, tell: bool = False) -> tuple[list[Outcome], int]:

@@ -82,6 +82,19 @@ def test_a_writer_without_a_turn_is_not_waited_for() -> None:
     assert town.goes(plans[1], "free"), "it writes"
 
 
+def test_who_goes_on_before_the_writer_has_answered_will_read_what_it_writes() -> None:
+    town = Town(single_flight_wait_s=2.0)
+    plans = [town.plan(handbook()) for _ in range(2)]
+    assert town.goes(plans[0], "writer")
+    assert not town.goes(plans[1], "other")
+    assert town.caching.to_be_read(plans[1], "other") == 0
+    town.caching.sent(plans[0], "writer")
+    town.now += 2.0
+    assert town.caching.wait_until(plans[1], "other") is None
+    assert 2_000 < town.caching.to_be_read(plans[1], "other") <= plans[1].prefix_tokens
+    assert town.caching.to_be_read(plans[0], "writer") == 0
+
+
 @pytest.mark.parametrize("single_flight", [True, False])
 def test_nothing_is_left_of_a_thousand_prefixes_whatever_becomes_of_their_calls(single_flight: bool) -> None:
     """Each call ends in `leave`, as the pipeline promises: after an answer, a failure, a retry, or nothing at all."""

@@ -62,6 +62,18 @@ def test_a_writer_that_fails_is_followed_by_one_and_not_by_all() -> None:
     assert len(cold) == 0
 
 
+def test_a_prefix_is_on_its_way_once_another_call_was_sent_to_write_it() -> None:
+    cold = ColdPrefixes(2.0)
+    cold.join(KEY, "a", 0.0)
+    cold.join(KEY, "b", 0.0)
+    assert not cold.on_its_way(KEY, "b")
+    cold.sent(KEY, "a", 0.1)
+    assert cold.on_its_way(KEY, "b")
+    assert not cold.on_its_way(KEY, "a"), "it writes itself"
+    cold.began(KEY)
+    assert not cold.on_its_way(KEY, "b"), "what is in the cache is known otherwise"
+
+
 def test_three_writers_that_fail_are_enough() -> None:
     """Two hundred bad requests behind one prompt would otherwise be refused one after another."""
     cold = ColdPrefixes(2.0)

@@ -32,6 +32,12 @@ def test_nothing_is_known_at_first():
     assert forecast(Forecaster()).input_tokens == 1000
 
 
+def test_what_another_call_is_about_to_have_cached_is_not_counted():
+    found = Forecaster().forecast(MODEL, 1000, "ascii", (7,), 1024, 0.0, to_be_read=900)
+    assert found.input_tokens == 100
+    assert Forecaster().forecast(MODEL, 1000, "ascii", (7,), 1024, 0.0, to_be_read=2000).input_tokens == 1
+
+
 @pytest.mark.parametrize("ratio", [0.5, 1.3, 2.4])
 def test_estimates_are_drawn_to_what_anthropic_counts(ratio):
     forecaster = Forecaster()

@@ -423,6 +423,25 @@ def test_who_is_held_by_their_own_limit_holds_up_nobody_else(stack: Stack, simul
     assert sum(reply.headers["x-headgate-cache"] == "write" for reply in replies) == 1
 
 
+def test_who_goes_on_before_a_slow_writer_has_answered_is_expected_to_read(
+    stack: Stack, upstream: ScriptedUpstream
+) -> None:
+    """Anthropic's limit lets three such prompts through at once, and then one each three seconds."""
+    paced = Desk.of(stack.gateway(upstream.url, **ON, PACING__ITPM="60000"))
+    make = sending(paced, upstream, prompt(3_000))
+
+    async def story() -> list[Reply]:
+        async with crowd() as send:
+            writer, first = make((3.0, *WROTE))
+            send(first)
+            await soon(lambda: upstream.attempts(writer), what="the writer at the upstream")
+            return await together(*(make((2.0, *WROTE))[1] for _ in range(8)))
+
+    replies = run(story())
+    assert [reply.status for reply in replies] == [200] * 8
+    assert max(map(queue_ms, replies)) < WAIT_S * 1000 + 700
+
+
 # the end of the process
 
 

@@ -398,7 +398,13 @@ class MessageCall:
             return
         self._body = paid
         self._forecast = forecast = pipeline.forecaster.forecast(
-            model, plan.input_tokens_estimate, self._script, cached.prefixes, plan.max_tokens, now
+            model,
+            plan.input_tokens_estimate,
+            self._script,
+            cached.prefixes,
+            plan.max_tokens,
+            now,
+            to_be_read=pipeline.caching.to_be_read(cached, request.call_id),
         )
         class_id = pipeline.class_id(model)
         waiting = pipeline.traffic.join(

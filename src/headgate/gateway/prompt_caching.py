@@ -260,6 +260,13 @@ class PromptCaching:
         """When the wait ends at the latest, monotonic, to be asked again then; None: it has ended."""
         return self._cold.until(plan.cold, call_id, self._clock())
 
+    def to_be_read(self, plan: CachePlan, call_id: str) -> int:
+        """Tokens that this call will find in the cache though no answer has said so: another call, whose answer was
+        waited for long enough, has been sent to write them. 0 of any other."""
+        if not plan.cold or not self._cold.on_its_way(plan.cold, call_id):
+            return 0
+        return next((one.tokens for one in plan.marked if one.key == plan.cold), 0)
+
     def sent(self, plan: CachePlan, call_id: str) -> None:
         """The attempt leaves."""
         if self._section.keep_warm:

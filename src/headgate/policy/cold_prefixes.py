@@ -81,6 +81,11 @@ class ColdPrefixes:
         self._hand_over(flight, ticket, now)
         return None
 
+    def on_its_way(self, key: bytes, ticket: str) -> bool:
+        """Whether another ticket's request, which has been sent, writes this prefix."""
+        flight = self._flights.get(key)
+        return flight is not None and flight.writer != ticket and flight.sent_at != NOT_YET
+
     def sent(self, key: bytes, ticket: str, now: float) -> list[str]:
         """The writer's request leaves. Who must set a new alarm is returned."""
         flight = self._flights.get(key)

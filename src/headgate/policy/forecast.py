@@ -67,11 +67,20 @@ class Forecaster:
         self._prefixes: dict[tuple[str, int], tuple[int, float]] = {}
 
     def forecast(
-        self, model: str, prompt_tokens: int, script: Script, prefixes: tuple[int, ...], max_tokens: int, now: float
+        self,
+        model: str,
+        prompt_tokens: int,
+        script: Script,
+        prefixes: tuple[int, ...],
+        max_tokens: int,
+        now: float,
+        *,
+        to_be_read: int = 0,
     ) -> Forecast:
-        """Tokens that a call will take; both ≥ 1."""
+        """Tokens that a call will take; both ≥ 1. `to_be_read` of them another call is about to have cached."""
         whole = prompt_tokens * self._ratios.get((model, script), 1.0)
         cached = self._cached(model, prefixes, now) if prefixes else 0
+        cached = max(cached, to_be_read)
         output = self._outputs.get(model, _OUTPUT_TOKENS_FIRST) * _OUTPUT_SHARE
         return Forecast(
             input_tokens=max(1, round(whole) - cached),
