@@ -189,8 +189,7 @@ class Scope:
 
     def keep(self, family: Family) -> None:
         """The family is in use."""
-        if self.families.get(family.id) is not family:
-            self.families[family.id] = family
+        self.families[family.id] = family
         self.families.move_to_end(family.id)
         if len(self.families) > FAMILIES_MAX:
             self.families.popitem(last=False)
