@@ -30,9 +30,10 @@ class Bank:
         async def read(_ids: object, at_ns: int) -> Spent:
             return Spent(at_ns, {})
 
+        self.alerts = AlertSink(None, now_ns=lambda: NOON_NS)
         guard = SpendGuard(
             velocity_policy(usd_per_10_min=2, history_factor=5, hold_s=60),
-            AlertSink(None, now_ns=lambda: NOON_NS),
+            self.alerts,
             clock=lambda: 0.0,
         )
         self.money = LocalMoney(Budgets(), clock=lambda: 0.0, now_ns=lambda: NOON_NS, read=read)
@@ -203,3 +204,11 @@ def test_the_bound_is_what_pricing_says_it_is():
     assert held(body) == upper_bound(
         min(len(body), 2 * input_tokens(scan(body))) + 1_000, 1_000, SONNET, NOON_NS, CATALOG, cache_writes="none"
     )
+
+
+def test_an_empty_budget_is_told_to_the_operator_once():
+    bank = Bank()
+    refusals = [reserve(bank.purse(day_nanousd=1), body_of()) for _ in range(3)]
+    assert [one.error_code for one in refusals] == ["budget_exceeded"] * 3
+    assert bank.alerts.repeats("budget_exhausted", "key:k1") == 2
+    assert bank.alerts.end("budget_exhausted", "key:k1", by="test"), "it was raised"

@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from tests.system.callers import OPUS, SONNET, Desk, asking, together
+from tests.system.callers import HAIKU, OPUS, SONNET, Desk, asking, together
 from tests.system.conftest import Simulator, Stack, until
+from tests.system.raw_http import ask
 from tests.system.scripted import (
     STREAMED,
     WHOLE_MESSAGE,
@@ -24,6 +25,7 @@ from tests.system.scripted import (
     chunked_head,
     chunks,
     connect,
+    failing,
     fetch,
     gather,
     head_of,
@@ -240,8 +242,7 @@ def test_what_makes_a_call_dear_is_held_before_it_is_sent(
         body = json.dumps(fields).encode()
     headers = [("anthropic-beta", "fast-mode-2026-02-01")] if whose == "fast" else []
     before = billed(simulator)
-    rich, _ = with_budget(desk, 100 * USD)
-    reply = run(fetch(desk.gateway.url, rich, body, headers=headers))
+    reply = run(fetch(desk.gateway.url, desk.key, body, headers=headers))
     assert reply.status == 200, reply.body
     cost = billed(simulator) - before
     poor, account = with_budget(desk, cost - 1)
@@ -284,6 +285,7 @@ def strict(shared_stack: Stack, scripted: ScriptedUpstream) -> Desk:
             scripted.url,
             BREAKER__FAILURES="1",
             BUDGETS__CLAMP="true",
+            ROUTING__FALLBACK=HAIKU,
             BUDGETS__USD_DAY="1",
             UPSTREAM__HOLD_S="0.2",
             TIERS__PAID__RPM="100000",
@@ -355,6 +357,30 @@ def test_who_does_not_pay_can_use_four_fifths_of_everybodys_budget(strict: Desk)
     assert "tier:paid" not in lines
 
 
+def test_each_attempt_is_paid_for_and_none_is_held_when_all_is_over(strict: Desk, scripted: ScriptedUpstream) -> None:
+    """Half of the calls meet an overloaded model and go on with another; one has nothing but bad luck."""
+    overloaded = failing(529, "overloaded_error")
+    names = [scripted.plan(overloaded, STREAMED) for _ in range(10)] + [scripted.plan(STREAMED) for _ in range(10)]
+    names.append(scripted.plan(overloaded))
+    cap = 40 * CENT
+    key, account = with_budget(strict, cap, tier="paid")
+    replies = run(together(*(fetch(strict.gateway.url, key, body_of(name)) for name in names)))
+    assert {one.status for one in replies} == {200, 529}, "of many that fail at once not all are tried again"
+    assert any(one.headers["x-headgate-model"] == HAIKU for one in replies)
+    assert max(int(one.headers["x-headgate-attempts"]) for one in replies) > 1
+    nanousd = sum(strict.log_line(one)["cost_nanousd"] for one in replies)
+    stands = budget(strict, account)
+    assert (stands["spent_nanousd"], stands["reserved_nanousd"]) == (nanousd, 0)
+
+
+def test_what_costs_no_tokens_needs_no_money(strict: Desk, desk: Desk) -> None:
+    key, _ = with_budget(desk, 1)
+    split([run(desk.ask("", key=key))])
+    body = json.dumps({"model": SONNET, "messages": [{"role": "user", "content": "đếm"}]}).encode()
+    headers = {"x-api-key": key, "anthropic-version": "2023-06-01"}
+    assert ask(desk.gateway.url, "POST", "/v1/messages/count_tokens", headers, body).status == 200
+
+
 # What outlives a process
 
 
@@ -370,6 +396,7 @@ plan = false
 """
 
 
+@pytest.mark.drill
 def test_a_budget_outlives_a_restart_and_a_process_that_was_killed(stack: Stack, simulator: Simulator) -> None:
     config = stack.directory / "headgate.toml"
     config.write_text(FILE)
