@@ -16,7 +16,7 @@ def two_alerts(headgate) -> None:
     """One of an hour ago, one of nine days ago that has ended."""
     now_ns = time.time_ns()
     engine = open_database(headgate.data, now_ns=time.time_ns)
-    old = Alert("unknown_price", "claude-next", "It has no price.", now_ns - 9 * DAY_NS)
+    old = Alert("loop", "user:chi", "The same again and again.", now_ns - 9 * DAY_NS)
     alert_table.end(engine, alert_table.save(engine, old), by="lan", at_ns=now_ns)
     new = Alert("spend_velocity", "user:minh", "He spent $2.10.", now_ns - DAY_NS // 24, (CallCost("call_7", 9),))
     alert_table.save(engine, new)
@@ -29,7 +29,7 @@ def test_the_week_is_listed_and_more_when_asked(headgate) -> None:
     assert (alert["kind"], alert["subject"], alert["ended_at"]) == ("spend_velocity", "user:minh", None)
     assert alert["calls"] == [{"call_id": "call_7", "cost_nanousd": 9}]
     both = headgate.json("alerts", "--since", "30d")["alerts"]
-    assert [alert["subject"] for alert in both] == ["user:minh", "claude-next"]
+    assert [alert["subject"] for alert in both] == ["user:minh", "user:chi"]
 
 
 @pytest.mark.usefixtures("two_alerts")

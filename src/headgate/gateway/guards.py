@@ -278,6 +278,10 @@ class SpendGuard:
         if loop is not None:
             self._tell_loop(loop)
 
+    def budget_exhausted(self, account: str, message: str) -> None:
+        """A call was refused since this account may spend no more, in the words that its client was told."""
+        self._alerts.raise_alert("budget_exhausted", account, f"{account}: {message}")
+
     def held(self, user: str, key_id: str) -> tuple[str, ...]:
         """Which of the two subjects may only have one call at a time; empty for nearly everybody."""
         if not self.enabled or not len(self._velocity):

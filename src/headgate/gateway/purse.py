@@ -139,7 +139,7 @@ class Purse:
         if self._accounts == _COUNTED_ONLY:
             verdict = await self._ask(identity, self._roughly(plan, speed))
             if not verdict.admitted:
-                return budgets.refused(verdict, self._at_ns)
+                return self._refused(verdict)
             self._ask_id, self._number, self._renewed_at = identity, number, now
             return body
         bound = _Bound(
@@ -168,7 +168,7 @@ class Purse:
                     self._clamped = clamped
                     body = _with_max_tokens(body, clamped)
         if not verdict.admitted:
-            return budgets.refused(verdict, self._at_ns)
+            return self._refused(verdict)
         self._ask_id, self._number, self._renewed_at = identity, number, now
         return body
 
@@ -219,6 +219,11 @@ class Purse:
             user_cap_nanousd=self._user_cap_nanousd,
             key_cap_nanousd=self._key_cap_nanousd,
         )
+
+    def _refused(self, verdict: MoneyVerdict) -> Refused:
+        refused = budgets.refused(verdict, self._at_ns)
+        self._purses.guard.budget_exhausted(verdict.account, refused.message)
+        return refused
 
     def _roughly(self, plan: Plan, speed: str) -> int:
         """What is held where nobody has a cap and all is counted for the alert line: nothing is refused for it, so the

@@ -15,16 +15,7 @@ import msgspec
 
 from headgate.policy.records import Record
 
-AlertKind = Literal[
-    "spend_velocity",
-    "loop",
-    "budget_alert_line",
-    "budget_exhausted",
-    "spend_cap",
-    "unknown_price",
-    "upstream_credential",
-    "reconciliation_gap",
-]
+AlertKind = Literal["spend_velocity", "loop", "budget_alert_line", "budget_exhausted"]
 TOLD_AGAIN_AFTER_NS = 24 * 3600 * 10**9
 """What has not ended by then is told again."""
 OPEN_MAX = 1_000
