@@ -216,6 +216,15 @@ def test_without_an_estimate_a_call_is_expected_to_cost_what_the_last_ones_did()
     assert velocity.throttled(AN, 1.0)
 
 
+def test_a_call_of_which_nothing_is_known_is_expected_to_cost_what_the_last_ten_did():
+    velocity = SpendVelocity()
+    for number in range(30):
+        velocity.spent(AN, (number + 1) * CENT // 100, f"call_{number}", 0.0)
+    velocity.began(AN, "call_30", 0, 0.0)
+    (stands,) = velocity.snapshot(0.0)
+    assert stands.in_flight_nanousd == sum(range(21, 31)) * CENT // 100 // 10
+
+
 def test_what_is_under_way_without_an_estimate_counts_once_the_first_is_paid():
     velocity = SpendVelocity()
     for number in range(20):

@@ -1,8 +1,11 @@
 """Blocks of a prompt as spans: what stands where, what can carry a mark, and what is none of it."""
 
 import json
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headgate.wire.message import scan
 from headgate.wire.prompt import (
@@ -143,3 +146,31 @@ def test_text_is_measured_by_script_and_without_its_spaces():
 def test_a_scanned_body_gives_the_bytes_that_are_read():
     request = scan(b'{"system":"x","messages":[]}')
     assert read_system(request.raw("system")).raw == b'"x"'
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant"])},
+        optional={
+            "content": st.sampled_from(
+                ["hi", 'he said "role":"assistant"', [{"type": "tool_use", "input": {"who": "assistant"}}]]
+            ),
+            "name": st.just("assistant"),
+        },
+    ),
+    max_size=5,
+)
+
+
+@given(MESSAGES, st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", " :  ")]), st.booleans())
+def test_the_last_turn_is_the_one_before_the_last_role_of_an_assistant(turns, separators, roles_last):
+    if roles_last:
+        turns = [dict(reversed(turn.items())) for turn in turns]
+    messages = json.dumps(turns, separators=separators).encode()
+    roles = [found.start() for found in re.finditer(rb'"role"\s*:\s*"assistant"', messages)]
+    others = [found.start() for found in re.finditer(b'"assistant"', messages)]
+    # Where the last value of that name is no role, nothing is recognised.
+    is_role = bool(roles) and others[-1] < roles[-1] + 64 and messages[: others[-1]].rstrip(b" :").endswith(b'"role"')
+    before = messages.rfind(b"}", 0, roles[-1]) + 1 if is_role else 0
+    if is_role or not roles:
+        assert last_turn(messages) == (before, messages.rfind(b"}") + 1)
