@@ -572,3 +572,17 @@ def test_any_run_of_spaces_is_stepped_over(spaces):
         + b"}"
     )
     assert scan(body).fields["model"].of(body) == b'"m"'
+
+
+@pytest.mark.parametrize(
+    ("raw", "speed"),
+    [
+        ('"fast"', "fast"),
+        ('"f\\u0061st"', "fast"),
+        ('"standard"', "standard"),
+        ("null", "standard"),
+        ('["\\n"]', "standard"),
+    ],
+)
+def test_speed_is_what_is_asked_for_however_it_is_spelled(raw, speed):
+    assert scan(b'{"model":"m","speed":%b}' % raw.encode()).speed == speed

@@ -127,7 +127,10 @@ class MessageRequest:
     @property
     def speed(self) -> str:
         """`speed` as it is asked for; `standard` where it is not."""
-        return "fast" if self.raw("speed") == b'"fast"' else "standard"
+        raw = self.raw("speed") or b""
+        if b"\\" in raw and raw[0] == _QUOTE:
+            raw = msgspec.json.encode(_string.decode(raw))  # who spells it out gets the same
+        return "fast" if raw == b'"fast"' else "standard"
 
     @property
     def uses_server_state(self) -> bool:
