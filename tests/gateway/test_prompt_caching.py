@@ -142,3 +142,15 @@ def test_only_bodies_that_are_ours_to_change_ask_why_they_missed() -> None:
     ):
         assert b"diagnostics" not in untouched.body
         assert b"cache_control" not in untouched.body
+
+
+def test_a_retry_waits_for_nobody_where_its_prefix_is_warm_by_then() -> None:
+    town = Town()
+    plans = [town.plan(handbook()) for _ in range(3)]
+    assert [town.goes(plan, f"call_{n}") for n, plan in enumerate(plans)] == [True, False, False]
+    town.caching.sent(plans[0], "call_0")
+    town.began(plans[0])
+    for number, plan in enumerate(plans):
+        town.caching.leave(plan, f"call_{number}")
+    assert [town.goes(plan, f"call_{n}") for n, plan in enumerate(plans)] == [True, True, True]
+    assert len(town.caching) == 0

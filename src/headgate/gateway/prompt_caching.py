@@ -251,7 +251,7 @@ class PromptCaching:
 
         A call that goes ahead with a cold prefix is the one that writes it: `sent`, then `began` or `leave` follow.
         """
-        if not plan.cold or not self._section.single_flight:
+        if not plan.cold or not self._section.single_flight or not self.planner.is_cold(plan.cold, self._clock()):
             return True
         self._wake[call_id] = wake
         return self._cold.join(plan.cold, call_id, self._clock())

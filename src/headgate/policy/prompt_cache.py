@@ -308,6 +308,10 @@ class PromptCache:
         if cached and plan.marks and plan.marked and not plan.tail:
             self._counted(plan, known, cached)
 
+    def is_cold(self, key: bytes, now: float) -> bool:
+        """Whether a plan's `cold` prefix is still not known to be in the cache."""
+        return self._live.get(key, -inf) <= now
+
     def families(self) -> tuple[FamilyView, ...]:
         """What is known of every family."""
         return self._families.views()
@@ -655,7 +659,7 @@ class PromptCache:
         )
 
     def _cold(self, marked: list[Marked], now: float) -> bytes:
-        return next((one.key for one in marked if self._live.get(one.key, -inf) <= now), b"")
+        return next((one.key for one in marked if self.is_cold(one.key, now)), b"")
 
     def _counted(self, plan: CachePlan, model: Model, cached: int) -> None:
         """Anthropic counted the longest prefix of the plan."""
