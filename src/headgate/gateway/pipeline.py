@@ -448,7 +448,7 @@ class MessageCall:
         elif isinstance(result, Diverted):
             call.diverted(now)
         else:
-            purse.settle(0)
+            # What is held stays held: another model may have a turn for the same attempt. Else it goes with the call.
             if isinstance(result, Refused):
                 call.refused(result, now)
             else:
