@@ -212,3 +212,11 @@ def test_an_empty_budget_is_told_to_the_operator_once():
     assert [one.error_code for one in refusals] == ["budget_exceeded"] * 3
     assert bank.alerts.repeats("budget_exhausted", "key:k1") == 2
     assert bank.alerts.end("budget_exhausted", "key:k1", by="test"), "it was raised"
+
+
+def test_a_question_of_our_own_in_the_body_holds_nothing_more():
+    bank, body = Bank(), body_of()
+    asking = body[:-1] + b',"diagnostics":{"previous_message_id":"msg_1"}}'
+    purse = bank.purse(day_nanousd=NANOUSD_MAX)
+    assert asyncio.run(purse.reserve(1, plan_of(body), asking, 0.0, speed="standard")) == asking
+    assert bank.stands()[1] == held(body)

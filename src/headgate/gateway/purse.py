@@ -146,8 +146,9 @@ class Purse:
             self._purses.catalog,
             plan.models,
             self._at_ns,
-            input_tokens=prompt_tokens_max(body, plan.input_tokens_estimate),
-            web_searches=web_searches_max(body),
+            # Of the body as it came: what we ask Anthropic ourselves (`diagnostics`) has the look of a held conversation.
+            input_tokens=prompt_tokens_max(plan.body, plan.input_tokens_estimate),
+            web_searches=web_searches_max(plan.body),
             writes=cache_writes(body),
             speed=speed,
         )
