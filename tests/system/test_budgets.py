@@ -373,6 +373,22 @@ def test_each_attempt_is_paid_for_and_none_is_held_when_all_is_over(strict: Desk
     assert (stands["spent_nanousd"], stands["reserved_nanousd"]) == (nanousd, 0)
 
 
+def test_no_batch_passes_a_budget_by(desk: Desk, simulator: Simulator) -> None:
+    (free,) = desk.keys({"name": "nightly", "scopes": ("batch",)})
+    key, _ = with_budget(desk, scopes=("batch",))
+    batch = json.dumps({"requests": [{"custom_id": "a", "params": json.loads(answers(5))}]}).encode()
+    path = "/v1/messages/batches"
+    taken = ask(desk.gateway.url, "POST", path, {"x-api-key": free, "anthropic-version": "2023-06-01"}, batch)
+    assert taken.status == 200, taken.body
+    before = len(simulator.requests())
+    refused = ask(desk.gateway.url, "POST", path, {"x-api-key": key, "anthropic-version": "2023-06-01"}, batch)
+    assert (refused.status, refused.error_code) == (403, "batch_with_budget")
+    assert refused.header(b"x-should-retry") == b"false"
+    assert len(simulator.requests()) == before
+    seen = ask(desk.gateway.url, "GET", path, {"x-api-key": key, "anthropic-version": "2023-06-01"})
+    assert seen.status == 200, "what was made before is theirs to read"
+
+
 def test_what_costs_no_tokens_needs_no_money(strict: Desk, desk: Desk) -> None:
     key, _ = with_budget(desk, 1)
     split([run(desk.ask("", key=key))])

@@ -113,6 +113,11 @@ def accounts_of(principal: Principal, user: str, tier: str, rules: BudgetRules) 
     return tuple(found)
 
 
+def is_capped(account: Account) -> bool:
+    """Whether it has a budget, rather than being counted for the alert line alone."""
+    return any(cap is not None and cap != COUNTED for cap in (account.day_nanousd, account.month_nanousd))
+
+
 def refused(verdict: MoneyVerdict, now_ns: int) -> Refused:
     """What a client is told: in the form of Anthropic's own gateway (claude-api §12.1), with which budget it is."""
     resets_in_s = max((verdict.resets_at_ns - now_ns) / _NS, 1.0)

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from headgate.gateway import forwarding, refusals
+from headgate.gateway.budgets import accounts_of, is_capped
 from headgate.gateway.passthrough import Passthrough
 from headgate.gateway.pipeline import ATTRIBUTE_CHARS_MAX, Pipeline
 from headgate.gateway.server import BadEncoding, DecodedTooLarge, Exchange, decode_body
@@ -52,6 +53,7 @@ _COUNT_TOKENS = Route("count_tokens", "repeatable", "messages")
 _MODELS = Route("models", "repeatable", "messages")
 _BATCHES = Route("batches", "repeatable", "batch", names_results=True)
 _BATCH_CHANGES = Route("batches", "once", "batch", names_results=True)
+_NEW_BATCH = Route("batches", "once", "batch", names_results=True)
 _ALIVE = Route("alive", "alive")
 
 _EXACT: dict[bytes, dict[bytes, Route]] = {
@@ -59,7 +61,7 @@ _EXACT: dict[bytes, dict[bytes, Route]] = {
     b"/v1/messages/count_tokens": {b"POST": _COUNT_TOKENS},
     b"/v1/models": {b"GET": _MODELS},
     b"/v1/queue": {b"GET": Route("queue", "queue", "messages")},
-    b"/v1/messages/batches": {b"GET": _BATCHES, b"POST": _BATCH_CHANGES},
+    b"/v1/messages/batches": {b"GET": _BATCHES, b"POST": _NEW_BATCH},
     b"/": {b"HEAD": _ALIVE},
     b"/api/hello": {b"HEAD": _ALIVE, b"GET": _ALIVE},
     b"/livez": {b"GET": _ALIVE, b"HEAD": _ALIVE},
@@ -196,6 +198,11 @@ class Endpoints:
             refused = _batch_refusal(body, principal)
             if refused is not None:
                 self._refuse(exchange, refused)
+                return
+        if route is _NEW_BATCH:
+            accounts = accounts_of(principal, whose.user, whose.tier, self._pipeline.policies.budgets)
+            if any(is_capped(account) for account in accounts):
+                self._refuse(exchange, refusals.BATCH_WITH_BUDGET)
                 return
         rewrite = None
         if route.names_results:

@@ -146,7 +146,7 @@ class Purse:
             self._purses.catalog,
             plan.models,
             self._at_ns,
-            # Of the body as it came: what we ask Anthropic ourselves (`diagnostics`) has the look of a held conversation.
+            # Of the body as it came: what we ask Anthropic ourselves looks like a conversation that it holds.
             input_tokens=prompt_tokens_max(plan.body, plan.input_tokens_estimate),
             web_searches=web_searches_max(plan.body),
             writes=cache_writes(body),
@@ -223,7 +223,8 @@ class Purse:
 
     def _refused(self, verdict: MoneyVerdict) -> Refused:
         refused = budgets.refused(verdict, self._at_ns)
-        self._purses.guard.budget_exhausted(verdict.account, refused.message)
+        if verdict.cap_nanousd != budgets.COUNTED:
+            self._purses.guard.budget_exhausted(verdict.account, refused.message)
         return refused
 
     def _roughly(self, plan: Plan, speed: str) -> int:

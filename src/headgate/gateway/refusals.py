@@ -127,6 +127,14 @@ LOOP = Refused(
 INTERNAL = Refused(
     status=500, error_type="api_error", error_code="internal_error", message="The gateway failed. It has been logged."
 )
+BATCH_WITH_BUDGET = Refused(
+    status=403,
+    error_type="permission_error",
+    error_code="batch_with_budget",
+    message="A budget holds for this key, its person, its tier or everybody, and batches are not counted against "
+    "budgets yet. Send the requests one by one, or through a gateway without budgets.",
+    retryable=False,
+)
 RESTARTING = Refused(
     status=529,
     error_type="overloaded_error",
