@@ -137,6 +137,8 @@ class Gateway:
         self._new_call_id = CallIds(self._worker.index, now_ns=time.time_ns)
         self._budget_rules = BudgetRules()
         self._seed_times = SeedTimes()
+        self._housekeeping = 0
+        """Tasks of the process itself, beside those of calls."""
         self.port = 0
         self.operator_port = 0
 
@@ -161,7 +163,7 @@ class Gateway:
             upstream = Upstream(settings.upstream_url, settings.upstream, clock=time.monotonic)
             stack.callback(upstream.close)
             tasks = Tasks(_crashed)
-            metrics = CallMetrics(lambda: self._gauges(upstream, server, tasks, writer))
+            metrics = CallMetrics(lambda: self._gauges(upstream, server, tasks, writer, pipeline))
             writer = LogWriter(
                 sys.stdout.fileno() if settings.log.calls else None,
                 metrics.observe,
@@ -224,6 +226,7 @@ class Gateway:
                 tasks.start(warming.run())
             else:
                 pipeline.caching.kept = KeptPrompts(bytes_max=0)
+            self._housekeeping = len(tasks)
             # What is alive now stays alive; the collector need not look at it again.
             gc.collect()
             gc.freeze()
@@ -446,11 +449,13 @@ class Gateway:
         tasks.start(_serve_operator(operator, sockets))
         return operator
 
-    def _gauges(self, upstream: Upstream, server: Server, tasks: Tasks, writer: LogWriter) -> Mapping[str, int]:
+    def _gauges(
+        self, upstream: Upstream, server: Server, tasks: Tasks, writer: LogWriter, pipeline: Pipeline
+    ) -> Mapping[str, int]:
         pool = upstream.snapshot()
         return {
             "client_connections": len(server),
-            "calls_open": len(tasks),
+            "calls_open": len(pipeline.live) + max(len(tasks) - self._housekeeping, 0),
             "upstream_connections": pool["open"],
             "upstream_connections_idle": pool["idle"],
             "log_lines_dropped": writer.dropped,
