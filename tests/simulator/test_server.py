@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,11 @@ def post(
     running: Any, payload: bytes | dict[str, Any], path: str = "/v1/messages", headers: dict[str, str] | None = None
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
     """One request on a connection of its own."""
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
     raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    connection.request("POST", path, raw, HEADERS if headers is None else headers)
-    answer = connection.getresponse()
-    found = answer.status, answer.headers, answer.read()
-    connection.close()
-    return found
+    with closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)) as connection:
+        connection.request("POST", path, raw, HEADERS if headers is None else headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
 
 
 def wire(payload: dict[str, Any]) -> bytes:

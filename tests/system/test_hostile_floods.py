@@ -334,6 +334,7 @@ def test_no_key_is_anywhere_after_a_storm(house):
 
 
 def test_who_has_no_key_costs_no_call_and_no_row(house):
+    until(lambda: _gauge(house, "calls_open") == 0, what="the calls of others to be over")
     files = {name: held for name, held in tree_bytes(house.gateway.data_dir).items() if not name.endswith("-shm")}
     newest = newest_calls(house, 1)
     bad = [post("hg_" + "a" * 8 + "_" + "b" * 43), post(""), post("x" * 5000), post(UPSTREAM_KEY), post("\xff")]
