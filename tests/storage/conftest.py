@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from tests.storage.redis_server import RedisServer
 
 from headgate.policy.records import (
     AttemptEnded,
@@ -141,3 +142,21 @@ def fill(small_disk: Path) -> Callable[[], Path]:
         return ballast
 
     return take
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for tests that leave it standing; each takes a tag or a prefix of its own."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis for one test, to be ill-treated."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()

@@ -4,9 +4,8 @@ import asyncio
 import functools
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from tests.storage.redis_server import RedisServer
@@ -24,24 +23,6 @@ def on_a_loop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[...,
         asyncio.run(test(**fixtures))
 
     return run
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server for tests that leave it standing; each takes a prefix of its own."""
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server for one test, to be ill-treated."""
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
 
 
 prefixes = (f"{PREFIX}test-{number}:" for number in itertools.count())

@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -43,24 +42,6 @@ SLOW = ClassLimits(rpm=6.0, burst_s=100.0)
 """Ten at once, and in the time that a test takes none more."""
 BUSY = ClassLimits(rpm=12_000.0, burst_s=1.0)
 """200 a second, and 200 at once."""
-
-
-@pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server for tests that leave it standing; each takes a tag of its own."""
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server for one test, to be ill-treated."""
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
 
 
 tags = (f"{{test-{number}}}" for number in itertools.count())

@@ -447,13 +447,12 @@ class MessageCall:
             call.admitted(probe=result.probe)
         elif isinstance(result, Diverted):
             call.diverted(now)
+        elif isinstance(result, Refused):
+            # The money stays held: another model may have a turn for the same attempt. Else it goes with the call.
+            call.refused(result, now)
         else:
-            # What is held stays held: another model may have a turn for the same attempt. Else it goes with the call.
-            if isinstance(result, Refused):
-                call.refused(result, now)
-            else:
-                assert isinstance(result, Left)
-                self._ended_early(call)
+            assert isinstance(result, Left)
+            self._ended_early(call)
 
     def _plan_cache(self, model: str, plan: Plan, body: bytes) -> CachePlan:
         """The prompt as this model's cache sees it. Once for a model: each look counts as a use of the prompt."""

@@ -82,9 +82,9 @@ class Shared:
         self.now_ns = now_ns
         self.jitter = jitter
         self.upstream_head = upstream_head
+        """The header lines that every request to Anthropic begins with, the key among them."""
         self.fingerprint_key = fingerprint_key
         """Makes a request's fingerprint one that only this process can tell."""
-        """The header lines that every request to Anthropic begins with, the key among them."""
         self.retry_budget = RetryBudget()
         self.forecaster = Forecaster()
         self.stickiness = Stickiness()
