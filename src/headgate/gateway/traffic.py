@@ -363,8 +363,9 @@ class Traffic:
             assert isinstance(expired, Waiting)
             expected_s, why = queue.expected(expired, now)
             until, last = expired.denied
-            if last and until - now > expected_s:
-                expected_s, why = until - now, last
+            # Also where its own limit would let it go just now, a moment too late: that limit is why it waited.
+            if last and max(until - now, 0.0) >= expected_s:
+                expected_s, why = max(until - now, 0.0), last
             expired.finish(no_turn(why, expected_s, expired.want.subjects))
         while (entry := queue.next(now)) is not None:
             assert isinstance(entry, Waiting)
