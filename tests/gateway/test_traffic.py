@@ -205,6 +205,19 @@ def test_over_their_own_limit_for_longer_than_they_can_wait_people_are_told_so(l
     assert third.result.retry_after_s == pytest.approx(6.0, rel=0.25)
 
 
+@pytest.mark.parametrize("late_s", [0.0, 1e-9, 1e-4])
+def test_who_waited_for_their_own_limit_until_the_end_is_told_that_limit(lives, late_s):
+    """Their turn would come just when their time is over."""
+    an = (Subject("user:an", rpm=20.0, burst_s=3.0),)
+
+    async def story(town: Town):
+        return [town.ask("an", subjects=an, deadline_s=3.0 + late_s) for _ in range(2)]
+
+    _, second = lives(story)
+    if isinstance(second.result, Refused):
+        assert second.result.error_code == "user_rpm_exceeded"
+
+
 def test_who_waits_for_a_slot_of_their_own_gets_it_when_it_is_free(lives):
     an = (Subject("user:an", concurrency=1),)
 
